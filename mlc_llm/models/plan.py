@@ -1,0 +1,45 @@
+"""How the parameters of a model come from a checkpoint: rules by name, and the resolved plan.
+
+Knows names, shapes and NumPy arrays. Does not know files, TVM or any model family.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mlc_llm.artifact import TensorSpec
+
+Combine = Callable[[Sequence[NDArray[Any]]], NDArray[Any]]
+Quantize = Callable[[NDArray[Any]], tuple[NDArray[Any], ...]]
+
+
+def concatenate(parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    """Join parts along the output dimension: [q; k; v] and [gate; up]."""
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=0)
+
+
+@dataclass(frozen=True)
+class ParamRule:
+    """Checkpoint tensors (Hugging Face names) and how they become one model parameter."""
+
+    sources: tuple[str, ...]
+    combine: Combine = concatenate
+
+
+@dataclass(frozen=True)
+class ParamPlan:
+    """One parameter of the model before quantization, and what it is stored as.
+
+    shape is that of the unquantized parameter; `store` turns it into arrays that match `outputs`.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    rule: ParamRule
+    outputs: tuple[TensorSpec, ...]
+    store: Quantize
