@@ -1,0 +1,1 @@
+"""Storage formats of weights: a table of schemes, and packing in NumPy. Knows no model."""
