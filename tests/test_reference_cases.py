@@ -1,0 +1,92 @@
+"""The stored references follow from their checkpoints, and each feature shows in them.
+
+An independent NumPy forward pass is the judge.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy_model import forward, read_weights
+from reference_cases import CASES, REFERENCES, ReferenceCase, get_case
+
+# What must move the logits if it is left out, and by config edits that leave it out.
+FEATURES = [
+    ("llama_gqa", {"rope_parameters": {"rope_type": "default", "rope_theta": 20000.0}}),
+    ("llama_rope_linear_old_config", {"rope_scaling": None}),
+    ("llama_rope_llama3", {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}),
+    ("llama_rope_llama3_tied_old_config", {"rope_scaling": None}),
+    ("mistral_sliding_window", {"sliding_window": None}),
+    ("mistral_sliding_window", {"sliding_window": 9}),
+    ("qwen2_odd_sizes_old_config", {"use_sliding_window": True}),
+    ("qwen2_gqa", {"rms_norm_eps": 1e-2}),
+]
+
+
+def relative_error(found: np.ndarray[Any, Any], expected: np.ndarray[Any, Any]) -> float:
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_logits_follow_from_checkpoint(case: ReferenceCase) -> None:
+    reference = case.load()
+    logits = forward(case.config(), read_weights(case.directory), reference.token_ids.tolist())
+    assert logits.shape == reference.logits.shape == (len(reference.token_ids), 131)
+    assert relative_error(logits, reference.logits) < 3e-6
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_greedy_tokens_follow_from_checkpoint(case: ReferenceCase) -> None:
+    reference = case.load()
+    prompt, expected = reference.token_ids.tolist(), reference.greedy_tokens.tolist()
+    logits = forward(case.config(), read_weights(case.directory), prompt + expected[:-1])
+    assert logits[len(prompt) - 1 :].argmax(axis=-1).tolist() == expected
+    assert len(expected) == 20 and len(set(expected)) >= 10
+
+
+@pytest.mark.parametrize(("name", "edit"), FEATURES)
+def test_feature_shows_in_logits(name: str, edit: dict[str, Any]) -> None:
+    case = get_case(name)
+    reference = case.load()
+    config = {**case.config(), **edit}
+    logits = forward(config, read_weights(case.directory), reference.token_ids.tolist())
+    assert relative_error(logits, reference.logits) > 1e-3
+
+
+@pytest.mark.parametrize(("name", "count"), [("llama_attention_bias", 8), ("qwen2_gqa", 6)])
+def test_every_bias_shows_in_logits(name: str, count: int) -> None:
+    case = get_case(name)
+    reference = case.load()
+    weights = read_weights(case.directory)
+    biases = [name for name in weights if name.endswith(".bias")]
+    assert len(biases) == count
+    for bias in biases:
+        changed = {**weights, bias: np.zeros_like(weights[bias])}
+        logits = forward(case.config(), changed, reference.token_ids.tolist())
+        assert relative_error(logits, reference.logits) > 1e-3, bias
+
+
+def test_files_are_what_the_cases_name() -> None:
+    directories = sorted(path.name for path in REFERENCES.iterdir() if path.is_dir())
+    assert directories == sorted(case.name for case in CASES)
+    manifest = json.loads((REFERENCES / "manifest.json").read_text())
+    assert list(manifest) == [case.name for case in CASES]
+    for case in CASES:
+        dtypes = {str(tensor.dtype) for tensor in read_weights(case.directory).values()}
+        assert dtypes == {case.dtype}
+    shards = sorted(path.name for path in get_case("llama_mha_sharded").directory.glob("model*"))
+    assert len(shards) == 3 and shards[-1] == "model.safetensors.index.json"
+    assert "lm_head.weight" not in read_weights(get_case("llama_tied").directory)
+
+
+def test_both_config_styles_are_there() -> None:
+    old = [case.name for case in CASES if "torch_dtype" in case.config()]
+    new = [case.name for case in CASES if "rope_parameters" in case.config()]
+    assert sorted(old + new) == sorted(case.name for case in CASES)
+    assert len(old) == 3
+    for name in old:
+        config = get_case(name).config()
+        assert "rope_theta" in config and "dtype" not in config
