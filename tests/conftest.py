@@ -1,0 +1,33 @@
+"""Fixtures that find the real models tests use."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+DEMO_GGUF = Path("model_weights", "demo", "SmolLM2-135M-Instruct.Q4_1.gguf")
+
+
+@pytest.fixture(scope="session")
+def stories260k() -> Path:
+    """The directory of the 260K-parameter Llama; it must be there, many tests rest on it."""
+    given = os.environ.get("MLC_LLM_TEST_STORIES")
+    path = Path(given) if given else ROOT.parent / "shared" / "models" / "stories260K"
+    if not (path / "config.json").is_file():
+        pytest.fail(
+            f"no stories260K model in {path}; set MLC_LLM_TEST_STORIES to its directory "
+            "(the Hugging Face form of karpathy/tinyllamas stories260K)"
+        )
+    return path
+
+
+@pytest.fixture(scope="session")
+def demo_gguf() -> Path:
+    """The demo model's GGUF file, for tests marked `weights`; skips where it was not fetched."""
+    given = os.environ.get("MLC_LLM_TEST_DEMO_GGUF")
+    home = Path(os.environ.get("MLC_LLM_HOME") or Path.home() / ".cache" / "mlc_llm")
+    path = Path(given) if given else home / DEMO_GGUF
+    if not path.is_file():
+        pytest.skip(f"no demo model at {path}; `make demo-model` fetches it")
+    return path
