@@ -1,0 +1,207 @@
+"""The cache on disk: where things lie, what may be written, and how writers keep apart.
+
+Knows directories, policies and locks. Does not know what is in a model or a library.
+"""
+
+from __future__ import annotations
+
+import atexit
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from urllib.parse import quote
+
+from mlc_llm.errors import OptionError, StorageError
+from mlc_llm.prepare.progress import Progress
+
+_FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
+_FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
+
+
+class CachePolicy(Enum):
+    """What may be read from the cache and written to it."""
+
+    ON = "ON"  # use what is there, add what is missing
+    OFF = "OFF"  # neither read nor write: work in a directory removed at exit
+    REDO = "REDO"  # make it again and replace what is there
+    READONLY = "READONLY"  # use what is there; what is missing is an error
+
+    @staticmethod
+    def parse(variable: str, environ: Mapping[str, str]) -> CachePolicy:
+        """Return the policy an environment variable names, ON where it is not set.
+
+        Raises OptionError.
+        """
+        text = environ.get(variable) or CachePolicy.ON.name
+        try:
+            return CachePolicy[text.strip().upper()]
+        except KeyError:
+            known = ", ".join(policy.name for policy in CachePolicy)
+            raise OptionError(f"{variable} is {text!r}; use one of {known}") from None
+
+    @property
+    def reads(self) -> bool:
+        """Whether an existing entry is used."""
+        return self in (CachePolicy.ON, CachePolicy.READONLY)
+
+
+@dataclass(frozen=True)
+class CacheEntry:
+    """One thing in the cache, as `doctor` shows it."""
+
+    kind: str
+    name: str
+    path: Path
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class CacheHome:
+    """The cache directory.
+
+    root/model_weights/hf/<user>/<repo>[@<revision>]   downloaded repositories
+    root/model_weights/local/<key>                     artifacts converted on this machine
+    root/model_weights/demo                            the demo model
+    root/model_lib/<key>                               compiled libraries
+    """
+
+    root: Path
+
+    @staticmethod
+    def from_environment(
+        environ: Mapping[str, str], *, windows: bool = os.name == "nt"
+    ) -> CacheHome:
+        """Return the home that environment variables choose, or the platform's default."""
+        if chosen := environ.get("MLC_LLM_HOME"):
+            return CacheHome(Path(chosen).expanduser().absolute())
+        base = environ.get("LOCALAPPDATA" if windows else "XDG_CACHE_HOME")
+        # The XDG specification has relative paths ignored.
+        if base and Path(base).is_absolute():
+            return CacheHome(Path(base) / "mlc_llm")
+        return CacheHome(Path.home() / ".cache" / "mlc_llm")
+
+    @property
+    def hub_directory(self) -> Path:
+        """Where downloaded repositories lie."""
+        return self.root / "model_weights" / "hf"
+
+    @property
+    def local_directory(self) -> Path:
+        """Where artifacts converted on this machine lie."""
+        return self.root / "model_weights" / "local"
+
+    @property
+    def demo_directory(self) -> Path:
+        """Where the demo model lies."""
+        return self.root / "model_weights" / "demo"
+
+    @property
+    def library_directory(self) -> Path:
+        """Where compiled libraries lie."""
+        return self.root / "model_lib"
+
+    def repository_directory(self, user: str, repo: str, revision: str | None) -> Path:
+        """Return the directory of one repository; named revisions lie beside the default one."""
+        suffix = "" if revision is None else "@" + quote(revision, safe="")
+        return self.hub_directory / user / (repo + suffix)
+
+    def entries(self) -> list[CacheEntry]:
+        """Return everything in the cache with its size, in a stable order."""
+        groups = (
+            ("repository", self.hub_directory, "*/*"),
+            ("converted", self.local_directory, "*"),
+            ("demo", self.demo_directory, "*"),
+            ("library", self.library_directory, "*"),
+        )
+        return [
+            CacheEntry(kind, path.relative_to(base).as_posix(), path, size_of(path))
+            for kind, base, pattern in groups
+            for path in sorted(base.glob(pattern))
+            if not path.name.endswith(".lock")
+        ]
+
+    def size_bytes(self) -> int:
+        """Return the bytes the whole cache takes."""
+        return size_of(self.root)
+
+
+def size_of(path: Path) -> int:
+    """Return the bytes of a file or of all files under a directory; 0 where there is nothing."""
+    if path.is_file():
+        return path.stat().st_size
+    total = 0
+    for directory, _, names in os.walk(path):
+        for name in names:
+            try:
+                total += os.lstat(os.path.join(directory, name)).st_size
+            except FileNotFoundError:
+                continue  # removed by another process while we looked
+    return total
+
+
+@contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turn a full disk and missing permissions into StorageError; `path` is what was written."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise StorageError(
+                f"no space left on the disk while writing {path}; free some space, or let "
+                "MLC_LLM_HOME point to a directory on another disk, and run again"
+            ) from error
+        if error.errno in _FORBIDDEN:
+            raise StorageError(
+                f"cannot write {path} ({error.strerror}); check its permissions, or let "
+                "MLC_LLM_HOME point to a directory you may write to"
+            ) from error
+        raise
+
+
+@contextmanager
+def hold_lock(target: Path, progress: Progress) -> Iterator[None]:
+    """Let one process at a time prepare `target`; others wait and say so.
+
+    The lock file lies beside the target and is freed by the system if the process dies.
+    Raises StorageError where the directory cannot be written.
+    """
+    from filelock import FileLock, Timeout
+
+    lock_path = target.with_name(f".{target.name}.lock")
+    with storage_errors(lock_path):
+        lock_path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(lock_path)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            progress.message(f"waiting for another process that is preparing {target}")
+            lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def publish(work: Path, target: Path) -> None:
+    """Rename a finished directory to its place; what was there before is removed."""
+    with storage_errors(target):
+        if target.exists():
+            old = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.old-"))
+            os.replace(target, old / target.name)
+            os.replace(work, target)
+            shutil.rmtree(old)
+        else:
+            os.replace(work, target)
+
+
+def make_temporary_directory() -> Path:
+    """Return a new directory that is removed when the process exits."""
+    directory = Path(tempfile.mkdtemp(prefix="mlc_llm-"))
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    return directory
