@@ -47,7 +47,8 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
         raise UnsupportedModel(
             f"tensor dtype {name!r} is not supported; known: {', '.join(_NUMPY_DTYPES)}"
         )
-    return np.dtype(_NUMPY_DTYPES[name])
+    dtype: np.dtype[Any] = np.dtype(_NUMPY_DTYPES[name])
+    return dtype
 
 
 @dataclass(frozen=True)
@@ -316,7 +317,8 @@ def _read_records(shard: Mapping[str, Any], path: Path) -> Iterator[TensorRecord
 class KVCacheLayout:
     """Shape of the KV pages a library works on; one tensor per layer.
 
-    Each is (num_pages, 2, num_key_value_heads, page_size, head_dim) of `dtype`; index 0 is K.
+    Each is (num_pages, 2, num_key_value_heads, page_size * head_dim) of `dtype`; index 0 is K. The
+    order inside a head's part of a page is the library's own.
     """
 
     num_layers: int
@@ -333,7 +335,7 @@ class KVCacheLayout:
 
     def page_shape(self, num_pages: int) -> tuple[int, ...]:
         """Return the shape of one layer's tensor."""
-        return (num_pages, 2, self.num_key_value_heads, self.page_size, self.head_dim)
+        return (num_pages, 2, self.num_key_value_heads, self.page_size * self.head_dim)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,125 @@
+"""Row-wise kernels without a matrix product: norm, gated activation, residual, row gather."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm.script import tirx as T
+
+from mlc_llm.kernels.cpu.vector_math import exp, reduce_sum, splat, vector_lanes
+
+# Below this many rows a parallel launch costs more than it saves (benchmarks/kernels.py).
+_SERIAL_ROWS = 4
+
+
+def rms_norm(hidden_size: int, weight_dtype: str, eps: float) -> Any:
+    """Normalise rows: x (n, h) float32, weight (h) -> (n, h) float32.
+
+    Zhang and Sennrich 2019: x / sqrt(mean(x**2) + eps) * weight.
+    """
+    lanes = vector_lanes(hidden_size)
+    steps = hidden_size // lanes
+    vector = f"float32x{lanes}"
+
+    @T.macro
+    def normalise(x: T.handle, weight: T.handle, out: T.handle, row: T.int32) -> None:
+        total = T.alloc_buffer((lanes,), "float32")
+        total[T.ramp(0, 1, lanes)] = splat(T.float32(0), lanes)
+        for i in T.serial(steps):
+            total[T.ramp(0, 1, lanes)] = (
+                total[T.ramp(0, 1, lanes)]
+                + x[row, T.ramp(i * lanes, 1, lanes)] * x[row, T.ramp(i * lanes, 1, lanes)]
+            )
+        factor = T.alloc_buffer((1,), "float32")
+        factor[0] = T.float32(1) / T.sqrt(
+            reduce_sum(total[T.ramp(0, 1, lanes)], lanes) / T.float32(hidden_size) + T.float32(eps)
+        )
+        for i in T.serial(steps):
+            out[row, T.ramp(i * lanes, 1, lanes)] = (
+                x[row, T.ramp(i * lanes, 1, lanes)]
+                * splat(factor[0], lanes)
+                * T.Cast(vector, weight[T.ramp(i * lanes, 1, lanes)])
+            )
+
+    @T.prim_func(private=True, s_tir=True)
+    def rms_norm_kernel(x_handle: T.handle, weight_handle: T.handle, out_handle: T.handle) -> None:
+        T.func_attr({"tirx.noalias": True})
+        n = T.int32()
+        x = T.match_buffer(x_handle, (n, hidden_size), "float32")
+        weight = T.match_buffer(weight_handle, (hidden_size,), weight_dtype)
+        out = T.match_buffer(out_handle, (n, hidden_size), "float32")
+        if n < _SERIAL_ROWS:
+            for row in T.serial(n):
+                normalise(x, weight, out, row)
+        else:
+            for row in T.parallel(n):
+                normalise(x, weight, out, row)
+
+    return rms_norm_kernel
+
+
+def silu_mul(width: int) -> Any:
+    """Apply silu to the gate and multiply: (n, 2 * width) [gate; up] -> (n, width), float32."""
+    lanes = vector_lanes(width)
+
+    @T.macro
+    def activate(x: T.handle, out: T.handle, row: T.int32) -> None:
+        for i in T.serial(width // lanes):
+            out[row, T.ramp(i * lanes, 1, lanes)] = (
+                x[row, T.ramp(i * lanes, 1, lanes)]
+                / (splat(T.float32(1), lanes) + exp(-x[row, T.ramp(i * lanes, 1, lanes)], lanes))
+                * x[row, T.ramp(width + i * lanes, 1, lanes)]
+            )
+
+    @T.prim_func(private=True, s_tir=True)
+    def silu_mul_kernel(x_handle: T.handle, out_handle: T.handle) -> None:
+        T.func_attr({"tirx.noalias": True})
+        n = T.int32()
+        x = T.match_buffer(x_handle, (n, 2 * width), "float32")
+        out = T.match_buffer(out_handle, (n, width), "float32")
+        if n < _SERIAL_ROWS:
+            for row in T.serial(n):
+                activate(x, out, row)
+        else:
+            for row in T.parallel(n):
+                activate(x, out, row)
+
+    return silu_mul_kernel
+
+
+def add(width: int) -> Any:
+    """Add two (n, width) float32 arrays."""
+    lanes = vector_lanes(width)
+
+    @T.prim_func(private=True, s_tir=True)
+    def add_kernel(x_handle: T.handle, y_handle: T.handle, out_handle: T.handle) -> None:
+        T.func_attr({"tirx.noalias": True})
+        n = T.int32()
+        x = T.match_buffer(x_handle, (n, width), "float32")
+        y = T.match_buffer(y_handle, (n, width), "float32")
+        out = T.match_buffer(out_handle, (n, width), "float32")
+        for row in T.serial(n):
+            for i in T.serial(width // lanes):
+                out[row, T.ramp(i * lanes, 1, lanes)] = (
+                    x[row, T.ramp(i * lanes, 1, lanes)] + y[row, T.ramp(i * lanes, 1, lanes)]
+                )
+
+    return add_kernel
+
+
+def take_rows(width: int) -> Any:
+    """Gather rows: x (n, width) float32, rows (r) int32 -> (r, width)."""
+
+    @T.prim_func(private=True, s_tir=True)
+    def take_rows_kernel(x_handle: T.handle, rows_handle: T.handle, out_handle: T.handle) -> None:
+        T.func_attr({"tirx.noalias": True})
+        n = T.int32()
+        r = T.int32()
+        x = T.match_buffer(x_handle, (n, width), "float32")
+        rows = T.match_buffer(rows_handle, (r,), "int32")
+        out = T.match_buffer(out_handle, (r, width), "float32")
+        for i in T.serial(r):
+            for j in T.serial(width):
+                out[i, j] = x[rows[i], j]
+
+    return take_rows_kernel

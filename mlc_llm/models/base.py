@@ -1,0 +1,151 @@
+"""What every causal language model shares: the `forward` entry and its export.
+
+Only what every model needs. Rarer things live in their family's file or in `nn/`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from tvm.relax.frontend import nn
+from tvm.relax.frontend.nn import spec
+
+from mlc_llm.artifact import KVCacheLayout
+from mlc_llm.models.config import DecoderConfig
+from mlc_llm.models.plan import ParamRule
+from mlc_llm.nn import ops
+from mlc_llm.nn.decoder import Decoder, DecoderLayer
+from mlc_llm.nn.kv import PagedKV
+from mlc_llm.nn.linear import Embedding, Linear
+from mlc_llm.nn.mlp import GatedMLP
+from mlc_llm.nn.norm import RMSNorm
+
+PAGE_SIZE = 16
+
+
+class CausalLM(nn.Module):
+    """A decoder with an output layer. One step: new tokens of several sequences -> logits."""
+
+    def __init__(self, config: DecoderConfig, dtype: str, model: Decoder) -> None:
+        super().__init__()
+        self.config, self.dtype_name = config, dtype
+        self.model = model
+        if not config.tie_word_embeddings:
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, dtype)
+
+    def kv_layout(self) -> KVCacheLayout:
+        """Return the shape of the KV pages that `forward` works on."""
+        config = self.config
+        return KVCacheLayout(
+            num_layers=config.num_hidden_layers,
+            num_key_value_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            page_size=PAGE_SIZE,
+            dtype=config.kv_dtype(self.dtype_name),
+        )
+
+    def forward(
+        self,
+        token_ids: nn.Tensor,
+        positions: nn.Tensor,
+        query_start: nn.Tensor,
+        slots: nn.Tensor,
+        page_table: nn.Tensor,
+        context_len: nn.Tensor,
+        logit_rows: nn.Tensor,
+        kv_pages: list[nn.Tensor],
+    ) -> tuple[nn.Tensor, list[nn.Tensor]]:
+        """Run one step and return logits (r, vocab) float32 and the pages, written in place.
+
+        All int32: token_ids, positions, slots (n); query_start (b + 1); page_table (b, p);
+        context_len (b), this step's tokens included; logit_rows (r), rows of the step.
+        """
+        rope = self.config.rope
+        frequencies = nn.Tensor.from_const(rope.inverse_frequencies())
+        kv = PagedKV(
+            positions=positions,
+            query_start=query_start,
+            slots=slots,
+            page_table=page_table,
+            context_len=context_len,
+            pages=list(kv_pages),
+            rope_table=ops.rope_table(positions, frequencies, 1.0),
+        )
+        hidden = self.model(self.model.embed_tokens(token_ids), kv)
+        hidden = self.model.norm(ops.take_rows(hidden, logit_rows))
+        head = self.model.embed_tokens.logits if self.config.tie_word_embeddings else self.lm_head
+        return head(hidden), kv.pages
+
+    def export_spec(self) -> spec.ModuleSpec:
+        """Return the signature of `forward` for the exporter, with symbolic sizes."""
+        layout = self.kv_layout()
+        page_shape = ["num_pages", *layout.page_shape(0)[1:]]
+        pages = [spec.Tensor(page_shape, layout.dtype) for _ in range(layout.num_layers)]
+        entry = {
+            "token_ids": spec.Tensor(["n"], "int32"),
+            "positions": spec.Tensor(["n"], "int32"),
+            "query_start": spec.Tensor(["num_starts"], "int32"),
+            "slots": spec.Tensor(["n"], "int32"),
+            "page_table": spec.Tensor(["b", "p"], "int32"),
+            "context_len": spec.Tensor(["b"], "int32"),
+            "logit_rows": spec.Tensor(["r"], "int32"),
+            "kv_pages": pages,
+            "$": {"param_mode": "plain", "effect_mode": "none"},
+        }
+        return spec.ModuleSpec.from_raw({"forward": entry}, self)
+
+
+def build_decoder(
+    config: DecoderConfig,
+    dtype: str,
+    attention: Callable[[Any, str, int], nn.Module],
+    mlp_bias: bool = False,
+) -> CausalLM:
+    """Build the common pre-norm decoder; `attention(config, dtype, layer)` makes its attention."""
+    hidden_size, eps = config.hidden_size, config.rms_norm_eps
+    layers = [
+        DecoderLayer(
+            attention(config, dtype, index),
+            GatedMLP(hidden_size, config.intermediate_size, dtype, mlp_bias),
+            hidden_size,
+            eps,
+            dtype,
+        )
+        for index in range(config.num_hidden_layers)
+    ]
+    table = Embedding(config.vocab_size, hidden_size, dtype)
+    return CausalLM(config, dtype, Decoder(table, layers, RMSNorm(hidden_size, eps, dtype)))
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model family: how its configuration is read, its module built, its weights found.
+
+    fused maps a module path suffix to the Hugging Face modules joined in it along the output
+    dimension; every other parameter has the name that Hugging Face gives it.
+    """
+
+    name: str
+    architectures: tuple[str, ...]
+    config: type[DecoderConfig]
+    build: Callable[[Any, str], CausalLM]
+    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def config_from_huggingface(self, config: Mapping[str, Any]) -> DecoderConfig:
+        """Read the content of `config.json`. Raises CorruptFile or UnsupportedModel."""
+        return self.config.from_huggingface(config)
+
+    def config_from_json(self, model_config: Mapping[str, Any]) -> DecoderConfig:
+        """Read an artifact's `model_config`. Raises CorruptFile or UnsupportedModel."""
+        return self.config.from_json(model_config)
+
+    def rule_for(self, parameter: str) -> ParamRule:
+        """Return which checkpoint tensors make up a parameter of the unquantized model."""
+        path, _, leaf = parameter.rpartition(".")
+        for suffix, parts in self.fused.items():
+            if path.endswith(suffix):
+                prefix = path[: -len(suffix)]
+                return ParamRule(tuple(f"{prefix}{part}.{leaf}" for part in parts))
+        return ParamRule((parameter,))

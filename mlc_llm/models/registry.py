@@ -1,0 +1,42 @@
+"""All model families by name, and the search for the one that fits a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mlc_llm.errors import OptionError, UnsupportedModel
+from mlc_llm.models import llama, mistral, qwen2
+from mlc_llm.models.base import Family
+
+FAMILIES: dict[str, Family] = {
+    family.name: family for family in (llama.FAMILY, mistral.FAMILY, qwen2.FAMILY)
+}
+
+
+def find_family(config: Mapping[str, Any], model_type: str = "auto") -> Family:
+    """Return the family of a Hugging Face `config.json`, or the one named by `model_type`.
+
+    Raises OptionError for an unknown name, UnsupportedModel for an unknown architecture.
+    """
+    if model_type != "auto":
+        return get_family(model_type)
+    architectures = config.get("architectures") or []
+    for family in FAMILIES.values():
+        if any(name in family.architectures for name in architectures):
+            return family
+    if not architectures and config.get("model_type") in FAMILIES:
+        return FAMILIES[str(config["model_type"])]
+    found = ", ".join(map(str, architectures)) or config.get("model_type") or "not named"
+    supported = ", ".join(name for f in FAMILIES.values() for name in f.architectures)
+    raise UnsupportedModel(
+        f"architecture {found} is not supported; supported: {supported}. "
+        "If it is one of these under another name, pass --model-type"
+    )
+
+
+def get_family(name: str) -> Family:
+    """Return the family called `name`. Raises OptionError, which lists the names."""
+    if name not in FAMILIES:
+        raise OptionError(f"model type {name!r} is not known; known: {', '.join(FAMILIES)}")
+    return FAMILIES[name]

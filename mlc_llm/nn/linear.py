@@ -1,0 +1,86 @@
+"""Linear and embedding layers, plain and group-quantized, with one calling convention."""
+
+from __future__ import annotations
+
+from tvm.relax.frontend import nn
+
+from mlc_llm.kernels.cpu.group_linear import GroupFormat
+from mlc_llm.nn import ops
+
+
+class Linear(nn.Module):
+    """y = x · weightᵀ + bias; weight (out, in) in the model's dtype, x float32."""
+
+    def __init__(self, in_features: int, out_features: int, dtype: str, bias: bool = False) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.dtype_name = in_features, out_features, dtype
+        self.weight = nn.Parameter((out_features, in_features), dtype)
+        self.bias = nn.Parameter((out_features,), dtype) if bias else None
+
+    def forward(self, x: nn.Tensor) -> nn.Tensor:
+        """Return (n, out) float32 for x (n, in) float32."""
+        return ops.linear_packed(x, ops.pack_linear(self.weight), self.bias, self.out_features)
+
+
+class Embedding(nn.Module):
+    """Token table, weight (vocab, hidden); also serves as output layer where weights are tied."""
+
+    def __init__(self, num_embeddings: int, features: int, dtype: str) -> None:
+        super().__init__()
+        self.num_embeddings, self.features, self.dtype_name = num_embeddings, features, dtype
+        self.weight = nn.Parameter((num_embeddings, features), dtype)
+
+    def forward(self, ids: nn.Tensor) -> nn.Tensor:
+        """Return (n, hidden) float32 for ids (n) int32."""
+        return ops.embed_packed(ids, ops.pack_linear(self.weight), self.num_embeddings)
+
+    def logits(self, x: nn.Tensor) -> nn.Tensor:
+        """Return (n, vocab) float32: products with every row of the table."""
+        return ops.linear_packed(x, ops.pack_linear(self.weight), None, self.num_embeddings)
+
+
+class GroupQuantizedLinear(nn.Module):
+    """Linear whose weight is stored as `q_weight` and `q_scale` (interface: group quantization)."""
+
+    def __init__(self, linear: Linear, form: GroupFormat) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.form = form
+        groups = form.num_groups(self.in_features)
+        word_shape = (self.out_features, groups * form.words_per_group)
+        scale_shape = (self.out_features, groups)
+        if form.is_transposed:
+            word_shape, scale_shape = word_shape[::-1], scale_shape[::-1]
+        self.q_weight = nn.Parameter(word_shape, "uint32")
+        self.q_scale = nn.Parameter(scale_shape, form.scale_dtype)
+        self.bias = linear.bias
+
+    def forward(self, x: nn.Tensor) -> nn.Tensor:
+        """Return (n, out) float32 for x (n, in) float32."""
+        packed = ops.pack_group(self.q_weight, self.q_scale, self.form)
+        return ops.group_linear_packed(x, packed, self.bias, self.out_features, self.form)
+
+
+class GroupQuantizedEmbedding(nn.Module):
+    """Embedding whose table is stored as `q_weight` and `q_scale`; never transposed."""
+
+    def __init__(self, table: Embedding, form: GroupFormat) -> None:
+        super().__init__()
+        self.num_embeddings, self.features = table.num_embeddings, table.features
+        self.form = form
+        groups = form.num_groups(self.features)
+        words = groups * form.words_per_group
+        self.q_weight = nn.Parameter((self.num_embeddings, words), "uint32")
+        self.q_scale = nn.Parameter((self.num_embeddings, groups), form.scale_dtype)
+
+    def forward(self, ids: nn.Tensor) -> nn.Tensor:
+        """Return (n, hidden) float32 for ids (n) int32."""
+        packed = ops.pack_group(self.q_weight, self.q_scale, self.form)
+        return ops.group_embed_packed(
+            ids, packed, self.num_embeddings, self.features, self.form
+        )
+
+    def logits(self, x: nn.Tensor) -> nn.Tensor:
+        """Return (n, vocab) float32: products with every row of the table."""
+        packed = ops.pack_group(self.q_weight, self.q_scale, self.form)
+        return ops.group_linear_packed(x, packed, None, self.num_embeddings, self.form)

@@ -1,0 +1,21 @@
+"""Feed-forward layers."""
+
+from __future__ import annotations
+
+from tvm.relax.frontend import nn
+
+from mlc_llm.nn import ops
+from mlc_llm.nn.linear import Linear
+
+
+class GatedMLP(nn.Module):
+    """down(silu(gate(x)) * up(x)), gate and up fused along the output (Shazeer 2020)."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, dtype: str, bias: bool) -> None:
+        super().__init__()
+        self.gate_up_proj = Linear(hidden_size, 2 * intermediate_size, dtype, bias)
+        self.down_proj = Linear(intermediate_size, hidden_size, dtype, bias)
+
+    def forward(self, x: nn.Tensor) -> nn.Tensor:
+        """Return (n, hidden) float32."""
+        return self.down_proj(ops.silu_mul(self.gate_up_proj(x)))

@@ -1,0 +1,162 @@
+"""Operations that layers emit: each becomes a call of the kernel made for its shapes and dtypes.
+
+The one place where a kernel is chosen. Kernels are memoised, so that equal layers share one.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from tvm.relax.frontend import nn
+
+from mlc_llm.kernels.cpu import attention as attention_kernels
+from mlc_llm.kernels.cpu import elementwise, group_linear, linear, rope
+from mlc_llm.kernels.cpu.attention import AttentionShape
+from mlc_llm.kernels.cpu.group_linear import GroupFormat
+
+_kernel = functools.lru_cache(maxsize=None)(lambda factory, *args: factory(*args))
+
+
+def _emit(name: str, kernel: Any, args: list[Any], shape: list[Any], dtype: str = "float32") -> Any:
+    out = nn.Tensor.placeholder(shape, dtype)
+    return nn.op.tensor_ir_op(kernel, name, args, out)
+
+
+def rms_norm(x: nn.Tensor, weight: nn.Tensor, eps: float) -> nn.Tensor:
+    """Return x / rms(x) * weight; x (n, h) float32."""
+    n, width = x.shape
+    kernel = _kernel(elementwise.rms_norm, int(width), weight.dtype, eps)
+    return _emit("rms_norm", kernel, [x, weight], [n, width])
+
+
+def silu_mul(x: nn.Tensor) -> nn.Tensor:
+    """Return silu(gate) * up; x (n, 2 * width) float32 holds [gate; up]."""
+    n, width = x.shape[0], int(x.shape[1]) // 2
+    return _emit("silu_mul", _kernel(elementwise.silu_mul, width), [x], [n, width])
+
+
+def add(x: nn.Tensor, y: nn.Tensor) -> nn.Tensor:
+    """Return x + y, both (n, width) float32."""
+    return _emit("add", _kernel(elementwise.add, int(x.shape[1])), [x, y], x.shape)
+
+
+def take_rows(x: nn.Tensor, rows: nn.Tensor) -> nn.Tensor:
+    """Return the given rows of x (n, width); rows (r) int32."""
+    kernel = _kernel(elementwise.take_rows, int(x.shape[1]))
+    return _emit("take_rows", kernel, [x, rows], [rows.shape[0], x.shape[1]])
+
+
+def pack_linear(weight: nn.Tensor) -> nn.Tensor:
+    """Return an (out, in) weight in the kernel's layout; lifted into `pack_params`."""
+    out_features, in_features = (int(extent) for extent in weight.shape)
+    kernel = _kernel(linear.pack, out_features, in_features, weight.dtype)
+    shape = list(linear.packed_shape(out_features, in_features))
+    return _emit("pack_linear", kernel, [weight], shape, weight.dtype)
+
+
+def linear_packed(
+    x: nn.Tensor, packed: nn.Tensor, bias: nn.Tensor | None, out_features: int
+) -> nn.Tensor:
+    """Return x · weightᵀ (+ bias); x (n, in) float32."""
+    n, in_features = x.shape
+    kernel = _kernel(
+        linear.matmul, out_features, int(in_features), packed.dtype, bias is not None
+    )
+    args = [x, packed] if bias is None else [x, packed, bias]
+    return _emit("linear", kernel, args, [n, out_features])
+
+
+def embed_packed(ids: nn.Tensor, packed: nn.Tensor, num_embeddings: int) -> nn.Tensor:
+    """Return rows of a packed table as float32; ids (n) int32."""
+    features = int(packed.shape[1])
+    kernel = _kernel(linear.embed, num_embeddings, features, packed.dtype)
+    return _emit("embed", kernel, [ids, packed], [ids.shape[0], features])
+
+
+def pack_group(
+    q_weight: nn.Tensor, q_scale: nn.Tensor, form: GroupFormat
+) -> tuple[nn.Tensor, nn.Tensor]:
+    """Return portable words and scales in the kernel's layout; lifted into `pack_params`."""
+    packed = []
+    for name, array in (("pack_words", q_weight), ("pack_scales", q_scale)):
+        first, second = (int(extent) for extent in array.shape)
+        rows, columns = (second, first) if form.is_transposed else (first, second)
+        kernel = _kernel(
+            group_linear.interleave, rows, columns, array.dtype, form.is_transposed
+        )
+        shape = [linear.num_blocks(rows), columns, linear.LANES]
+        packed.append(_emit(name, kernel, [array], shape, array.dtype))
+    return packed[0], packed[1]
+
+
+def group_linear_packed(
+    x: nn.Tensor,
+    packed: tuple[nn.Tensor, nn.Tensor],
+    bias: nn.Tensor | None,
+    out_features: int,
+    form: GroupFormat,
+) -> nn.Tensor:
+    """Return x · dequantized(weight)ᵀ (+ bias); x (n, in) float32."""
+    n, in_features = x.shape
+    bias_dtype = None if bias is None else bias.dtype
+    kernel = _kernel(group_linear.matmul, out_features, int(in_features), form, bias_dtype)
+    args = [x, *packed] if bias is None else [x, *packed, bias]
+    return _emit("group_linear", kernel, args, [n, out_features])
+
+
+def group_embed_packed(
+    ids: nn.Tensor,
+    packed: tuple[nn.Tensor, nn.Tensor],
+    num_embeddings: int,
+    features: int,
+    form: GroupFormat,
+) -> nn.Tensor:
+    """Return dequantized rows as float32; ids (n) int32."""
+    kernel = _kernel(group_linear.embed, num_embeddings, features, form)
+    return _emit("group_embed", kernel, [ids, *packed], [ids.shape[0], features])
+
+
+def rope_table(positions: nn.Tensor, frequencies: nn.Tensor, scale: float) -> nn.Tensor:
+    """Return cosines and sines, (n, 2 * len(frequencies)); positions (n) int32."""
+    rotary_dim = 2 * int(frequencies.shape[0])
+    kernel = _kernel(rope.rope_table, rotary_dim, scale)
+    return _emit("rope_table", kernel, [positions, frequencies], [positions.shape[0], rotary_dim])
+
+
+def rope_and_write(
+    qkv: nn.Tensor, table: nn.Tensor, slots: nn.Tensor, pages: nn.Tensor, shape: AttentionShape
+) -> tuple[nn.Tensor, nn.Tensor]:
+    """Rotate q and k, write k and v into `pages` in place; return q and the same pages."""
+    rotary_dim = int(table.shape[1])
+    kernel = _kernel(
+        rope.rope_and_write,
+        shape.num_heads,
+        shape.num_kv_heads,
+        shape.head_dim,
+        rotary_dim,
+        shape.page_size,
+        shape.kv_dtype,
+    )
+    q = nn.Tensor.placeholder([qkv.shape[0], shape.num_heads, shape.head_dim], "float32")
+    out = [nn.Tensor.placeholder(pages.shape, pages.dtype), q]
+    written, rotated = nn.op.tensor_ir_inplace_op(
+        kernel, "rope_and_write", [qkv, table, slots, pages], [3, -1], out
+    )
+    return rotated, written
+
+
+def paged_attention(
+    q: nn.Tensor,
+    pages: nn.Tensor,
+    query_start: nn.Tensor,
+    page_table: nn.Tensor,
+    context_len: nn.Tensor,
+    positions: nn.Tensor,
+    shape: AttentionShape,
+) -> nn.Tensor:
+    """Return causal attention over the pages of each token's sequence, (n, heads * head_dim)."""
+    kernel = _kernel(attention_kernels.paged_attention, shape)
+    args = [q, pages, query_start, page_table, context_len, positions]
+    width = shape.num_heads * shape.head_dim
+    return _emit("paged_attention", kernel, args, [q.shape[0], width])
