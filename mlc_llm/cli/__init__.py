@@ -1,0 +1,1 @@
+"""The command line: one file per command. Parses, calls the other parts, prints."""

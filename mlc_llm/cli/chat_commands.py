@@ -1,0 +1,86 @@
+"""The commands inside a chat: `/help`, `/set` and so on.
+
+Knows what each does to a dialogue and what it prints. Not how lines are read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from mlc_llm.cli.dialogue import Dialogue, describe_params, describe_stats
+from mlc_llm.cli.options import parse_settings
+from mlc_llm.errors import OptionError
+
+SETTINGS: Mapping[str, type] = {
+    "temperature": float,
+    "top_p": float,
+    "frequency_penalty": float,
+    "presence_penalty": float,
+    "max_tokens": int,
+    "seed": int,
+    "stop": str,
+}
+_CAN_BE_UNSET = ("max_tokens", "seed", "stop")
+
+HELP = """\
+/help                print this help
+/exit                leave (Ctrl-D does the same)
+/stats               speed and token counts of the last answer
+/metrics             all counters of the engine, as Prometheus text
+/reset               forget the conversation
+/set                 print the settings
+/set key=value;...   change settings: temperature, top_p, frequency_penalty, presence_penalty,
+                     max_tokens, seed, stop (several with commas); `none` unsets the last three
+Commands may be shortened (/st for /stats). Enter sends, Esc+Enter starts a new line, Ctrl-C stops
+an answer. A text that begins with / is sent if a space comes first."""
+
+
+class Leave(Exception):
+    """The user asked to leave the chat."""
+
+
+def run_command(line: str, dialogue: Dialogue, say: Callable[[str], None]) -> None:
+    """Run the command `line` begins with, `/` included; `say` prints.
+
+    Raises OptionError on an unknown command or a value it does not take, Leave on `/exit`.
+    """
+    name, _, argument = line.strip().partition(" ")
+    command = _find_command(name)
+    if argument.strip() and command != "/set":
+        raise OptionError(f"{command} takes no value, but was given {argument.strip()!r}")
+    if command == "/help":
+        say(HELP)
+    elif command == "/exit":
+        raise Leave
+    elif command == "/stats":
+        say(describe_stats(dialogue.session.last))
+    elif command == "/metrics":
+        say(dialogue.session.metrics_text().rstrip("\n"))
+    elif command == "/reset":
+        dialogue.reset()
+        say("the conversation is forgotten")
+    else:
+        _change_settings(argument, dialogue)
+        say(describe_params(dialogue.params, SETTINGS))
+
+
+def _find_command(name: str) -> str:
+    """Return the command that `name` is or begins. Raises OptionError unless there is one."""
+    commands = ("/help", "/exit", "/stats", "/metrics", "/reset", "/set")
+    found = [name] if name in commands else [c for c in commands if c.startswith(name)]
+    if not found:
+        raise OptionError(f"there is no command {name}; known: {' '.join(commands)}")
+    if len(found) > 1:
+        raise OptionError(f"{name} may be {' or '.join(found)}; write more of it")
+    return found[0]
+
+
+def _change_settings(text: str, dialogue: Dialogue) -> None:
+    values = parse_settings(text, SETTINGS, "/set", can_be_none=_CAN_BE_UNSET)
+    changes: dict[str, Any] = dict(values)
+    if "stop" in changes:
+        stop = (part.strip() for part in (changes["stop"] or "").split(","))
+        changes["stop"] = tuple(part for part in stop if part)
+    dialogue.params = dataclasses.replace(dialogue.params, **changes)

@@ -1,0 +1,133 @@
+"""What was said so far, and the next answer to it.
+
+Knows messages, sampling settings and the session that answers. Not the terminal or its commands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from mlc_llm.errors import ContextTooLong
+
+if TYPE_CHECKING:
+    from mlc_llm.engine.session import ChatSession, RequestStats, SamplingParams
+
+
+class Dialogue:
+    """A conversation with one model: the messages, and the settings of the next answer."""
+
+    def __init__(self, session: ChatSession, params: SamplingParams, system: str | None) -> None:
+        self.session = session
+        self.params = params
+        self._system = [{"role": "system", "content": system}] if system else []
+        self._turns: list[dict[str, str]] = []
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """The system message, if there is one, and all turns."""
+        return [*self._system, *self._turns]
+
+    def reset(self) -> None:
+        """Forget all turns; the system message stays."""
+        self._turns = []
+
+    def answer(self, text: str, note: Callable[[str], None]) -> Generator[str, None, None]:
+        """Yield the answer to `text` piece by piece and keep both as the latest turns.
+
+        Where the conversation does not fit the context window, the oldest turns are dropped and
+        `note` is told. However the answer ends (also by closing this iterator), what was yielded
+        stays in the conversation; a question without any answer is taken back.
+        Raises ContextTooLong if `text` alone does not fit.
+        """
+        question = {"role": "user", "content": text}
+        pieces: list[str] = []
+        is_whole = False
+        stream, kept = self._start(question, note)
+        try:
+            for piece in stream:
+                pieces.append(piece)
+                yield piece
+            is_whole = True
+        finally:
+            stream.close()
+            if pieces or is_whole:
+                reply = {"role": "assistant", "content": "".join(pieces)}
+                self._turns = [*kept, question, reply]
+
+    def _start(
+        self, question: dict[str, str], note: Callable[[str], None]
+    ) -> tuple[Generator[str, None, None], list[dict[str, str]]]:
+        """Return the running answer and the turns that it was given."""
+        kept = self._turns
+        while True:
+            stream = self.session.chat([*self._system, *kept, question], self.params)
+            try:
+                # The session counts tokens when the first piece is asked for.
+                first = next(stream, "")
+            except ContextTooLong:
+                if not kept:
+                    raise
+                kept = kept[_num_dropped(len(kept)) :]
+                continue
+            num_dropped = len(self._turns) - len(kept)
+            if num_dropped:
+                note(f"the context window is full: the {num_dropped} oldest messages were dropped")
+            return _chain(first, stream), kept
+
+    def note_on_ending(self) -> str | None:
+        """Return what the user should know about how the last answer ended, if anything."""
+        last = self.session.last
+        if last is None or last.finish_reason != "length":
+            return None
+        limit = self.params.max_tokens
+        if limit is not None and last.completion_tokens >= limit:
+            return f"the answer was cut after {limit:,} tokens; a higher max_tokens allows more"
+        return "the answer was cut because the context window is full; /reset starts a new chat"
+
+
+def _num_dropped(num_messages: int) -> int:
+    """Return how many of the oldest messages go: whole turns, about a quarter of them.
+
+    Dropping one turn at a time would compute the whole prompt anew at each later question.
+    """
+    return max(2, (num_messages + 3) // 4 // 2 * 2)
+
+
+def _chain(first: str, rest: Iterator[str]) -> Generator[str, None, None]:
+    try:
+        if first:
+            yield first
+        yield from rest
+    finally:
+        if isinstance(rest, Generator):
+            rest.close()
+
+
+def describe_stats(last: RequestStats | None) -> str:
+    """Return the speed and the token counts of the last answer as text."""
+    if last is None:
+        return "prefill: N/A, decode: N/A (no answer yet)"
+    prefill, decode = _speed(last.prefill_tokens_per_s), _speed(last.decode_tokens_per_s)
+    return (
+        f"prefill: {prefill}, decode: {decode}\n"
+        f"prompt: {last.prompt_tokens:,} tokens ({last.cached_tokens:,} of them cached), "
+        f"answer: {last.completion_tokens:,} tokens"
+    )
+
+
+def _speed(tokens_per_s: float | None) -> str:
+    if tokens_per_s is None or not 0 < tokens_per_s < float("inf"):
+        return "N/A"
+    return f"{tokens_per_s:,.1f} tok/s"
+
+
+def describe_params(params: SamplingParams, keys: Mapping[str, Any]) -> str:
+    """Return the settings named by `keys` as `key=value;key=value`."""
+    return "; ".join(f"{key}={_show(getattr(params, key))}" for key in keys)
+
+
+def _show(value: Any) -> str:
+    if value is None or value == ():
+        return "none"
+    return ",".join(value) if isinstance(value, tuple) else str(value)

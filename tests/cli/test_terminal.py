@@ -1,0 +1,173 @@
+"""The dialogue on a terminal: keys, commands, Ctrl-C."""
+
+import signal
+from collections.abc import Callable, Sequence
+
+import pytest
+from prompt_toolkit.input import create_pipe_input
+from prompt_toolkit.output import DummyOutput
+
+from mlc_llm.cli.chat_commands import run_command
+from mlc_llm.cli.dialogue import Dialogue
+from mlc_llm.cli.terminal import print_answer, prompt_reader, run_interactive
+from mlc_llm.errors import OptionError, TemplateError
+
+from .fakes import FakeParams, FakeSession
+
+CTRL_C, CTRL_D, ENTER, ESCAPE = "\x03", "\x04", "\r", "\x1b"
+
+
+def dialogue_of(*answers: Sequence[str | BaseException]) -> Dialogue:
+    return Dialogue(FakeSession(answers), FakeParams(), None)  # type: ignore[arg-type]
+
+
+def lines(*script: str | BaseException) -> Callable[[], str]:
+    """Return a reader that gives the script line by line and then Ctrl-D."""
+    rest = list(script)
+
+    def read_line() -> str:
+        line = rest.pop(0) if rest else EOFError()
+        if isinstance(line, BaseException):
+            raise line
+        return line
+
+    return read_line
+
+
+def type_keys(keys: str, dialogue: Dialogue) -> None:
+    with create_pipe_input() as terminal_input:
+        terminal_input.send_text(keys)
+        run_interactive(dialogue, prompt_reader(terminal_input, DummyOutput()))
+
+
+def test_enter_sends_and_ctrl_d_leaves(capsys: pytest.CaptureFixture[str]) -> None:
+    dialogue = dialogue_of(["Hel", "lo"], ["Bye\n"])
+    type_keys(f"Hi{ENTER}bye{ENTER}{CTRL_D}", dialogue)
+    captured = capsys.readouterr()
+    assert captured.out == "Hello\nBye\n"
+    assert captured.err == ""
+
+
+def test_escape_enter_begins_a_new_line() -> None:
+    dialogue = dialogue_of(["ok"])
+    type_keys(f"first{ESCAPE}{ENTER}second{ENTER}{CTRL_D}", dialogue)
+    assert dialogue.messages[0]["content"] == "first\nsecond"
+
+
+def test_ctrl_c_at_the_prompt_clears_the_line() -> None:
+    dialogue = dialogue_of(["ok"])
+    type_keys(f"not this{CTRL_C}this{ENTER}{CTRL_D}", dialogue)
+    assert [message["content"] for message in dialogue.messages] == ["this", "ok"]
+
+
+def test_what_was_typed_can_be_called_back() -> None:
+    with create_pipe_input() as terminal_input:
+        read_line = prompt_reader(terminal_input, DummyOutput())
+        terminal_input.send_text(f"one{ENTER}two{ENTER}")
+        assert [read_line(), read_line()] == ["one", "two"]
+        history = read_line.__self__.history  # type: ignore[attr-defined]
+        assert history.get_strings() == ["one", "two"]
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_chat(capsys: pytest.CaptureFixture[str]) -> None:
+    dialogue = dialogue_of(["one ", KeyboardInterrupt(), "two"], ["next"])
+    run_interactive(dialogue, lines("count", "go on"))
+    captured = capsys.readouterr()
+    assert captured.out == "one \nnext\n"
+    assert captured.err == "[stopped]\n"
+    assert [m["content"] for m in dialogue.messages] == ["count", "one ", "go on", "next"]
+
+
+def test_a_real_interrupt_signal_stops_the_answer(capsys: pytest.CaptureFixture[str]) -> None:
+    class Pressing(FakeSession):
+        def chat(self, messages, params):  # type: ignore[no-untyped-def]
+            for piece in super().chat(messages, params):
+                yield piece
+                signal.raise_signal(signal.SIGINT)
+
+    session = Pressing([["one", "two"]])
+    dialogue = Dialogue(session, FakeParams(), None)  # type: ignore[arg-type]
+    run_interactive(dialogue, lines("count"))
+    assert capsys.readouterr().out == "one\n"
+    assert dialogue.messages[-1]["content"] == "one"
+
+
+def test_an_error_is_printed_and_the_chat_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
+    dialogue = dialogue_of([TemplateError("the template refuses this")], ["fine"])
+    run_interactive(dialogue, lines("one", "bad \udcff", "", "two"))
+    captured = capsys.readouterr()
+    assert captured.out == "fine\n"
+    assert captured.err.splitlines() == [
+        "error: the template refuses this",
+        "error: the message is not valid UTF-8 text",
+    ]
+
+
+def test_a_slash_after_a_space_is_a_message() -> None:
+    dialogue = dialogue_of(["ok"])
+    run_interactive(dialogue, lines(" /etc/hosts says"))
+    assert dialogue.messages[0]["content"] == "/etc/hosts says"
+
+
+def test_exit_leaves_before_the_next_line() -> None:
+    dialogue = dialogue_of(["never"])
+    run_interactive(dialogue, lines("/ex", "unread"))
+    assert dialogue.messages == []
+
+
+def test_a_cut_answer_gets_a_note(capsys: pytest.CaptureFixture[str]) -> None:
+    dialogue = dialogue_of(["long"])
+    dialogue.session.finish_reason = "length"  # type: ignore[attr-defined]
+    print_answer(dialogue, "Tell me")
+    captured = capsys.readouterr()
+    assert captured.out == "long\n"
+    assert captured.err.startswith("[the answer was cut")
+
+
+def test_commands_print_and_act(capsys: pytest.CaptureFixture[str]) -> None:
+    dialogue = dialogue_of(["ok"])
+    run_interactive(dialogue, lines("/stats", "hi", "/st", "/met", "/re", "/h"))
+    captured = capsys.readouterr()
+    assert captured.out == "ok\n"
+    assert "prefill: N/A, decode: N/A" in captured.err
+    assert "prefill: 100.0 tok/s, decode: 20.5 tok/s" in captured.err
+    assert "# TYPE tokens counter" in captured.err
+    assert "Esc+Enter" in captured.err
+    assert dialogue.messages == []
+
+
+def test_set_changes_the_settings_of_the_next_answer() -> None:
+    dialogue = dialogue_of()
+    said: list[str] = []
+    text = "/set temperature = 0.5; stop=two words, end;max_tokens=7;seed=1"
+    run_command(text, dialogue, said.append)
+    assert dialogue.params == FakeParams(
+        temperature=0.5, stop=("two words", "end"), max_tokens=7, seed=1
+    )
+    run_command("/set stop=none;max_tokens=none", dialogue, said.append)
+    assert dialogue.params == FakeParams(temperature=0.5, seed=1)
+    run_command("/set", dialogue, said.append)
+    assert said[-1] == (
+        "temperature=0.5; top_p=1.0; frequency_penalty=0.0; presence_penalty=0.0; "
+        "max_tokens=none; seed=1; stop=none"
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("/frobnicate", "there is no command /frobnicate; known: /help"),
+        ("/s", "/s may be /stats or /set"),
+        ("/exit now", "/exit takes no value"),
+        ("/set temperature", "not of the form key=value"),
+        ("/set temperature=hot", "temperature must be a number, not 'hot'"),
+        ("/set temperature=-1", "must not be negative"),
+        ("/set top_k=3", "unknown key 'top_k'"),
+    ],
+)
+def test_a_bad_command_is_explained_and_changes_nothing(line: str, words: str) -> None:
+    dialogue = dialogue_of()
+    with pytest.raises(OptionError) as caught:
+        run_command(line, dialogue, print)
+    assert words in str(caught.value)
+    assert dialogue.params == FakeParams()
