@@ -1,0 +1,1 @@
+"""The compiler: from a chat configuration to a library of functions over tensors."""

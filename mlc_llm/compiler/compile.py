@@ -1,0 +1,210 @@
+"""Compilation: a chat configuration in, a library out. The walk is export, lower, build, save."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import metadata as packages
+from pathlib import Path
+from typing import Any
+
+import tvm
+from tvm import relax
+
+from mlc_llm.artifact import (
+    ChatConfig,
+    LibraryMetadata,
+    TensorSpec,
+    write_atomically,
+)
+from mlc_llm.compiler.pipeline import PACK_FUNCTION, phases, temporary_bytes
+from mlc_llm.compiler.target import describe_target
+from mlc_llm.errors import CompileError, LinkerNotFound
+from mlc_llm.models.base import CausalLM
+from mlc_llm.models.registry import get_family
+from mlc_llm.quantization.apply import build_quantized
+from mlc_llm.quantization.schemes import get_scheme
+
+METADATA_NAME = "metadata.json"
+_LINKERS = ("c++", "g++", "clang++", "cc", "gcc", "clang")
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CompileOptions:
+    """What the user may choose: device, optimisation level, overrides, a directory for IR."""
+
+    device: str = "auto"
+    opt: str = "O2"
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    debug_dump: Path | None = None
+
+
+@dataclass(frozen=True)
+class CompiledModel:
+    """A compiled library in memory, and what it says of itself."""
+
+    metadata: LibraryMetadata
+    executable: Any
+
+    def save_objects(self, directory: Path) -> None:
+        """Write object files and `metadata.json`; needs no linker."""
+
+        def copy(_: str, files: list[str], **__: Any) -> None:
+            for name in files:
+                shutil.copy(name, directory / Path(name).name)
+
+        directory.mkdir(parents=True, exist_ok=True)
+        self.executable.export_library(str(directory / "library.o"), fcompile=copy)
+        write_atomically(directory / METADATA_NAME, self.metadata.to_json())
+
+    def link(self, path: Path) -> None:
+        """Write a shared library, whole or not at all. Raises LinkerNotFound, CompileError."""
+        linker = next((found for name in _LINKERS if (found := shutil.which(name))), None)
+        if linker is None:
+            raise LinkerNotFound(
+                f"{path} needs a linker and none of {', '.join(_LINKERS)} is installed; install "
+                "one (Debian: apt install g++), or let `chat` compile by itself, which needs none"
+            )
+        temporary = path.with_name(f".{path.name}.tmp{path.suffix}")
+        try:
+            self.executable.export_library(str(temporary), cc=linker)
+            temporary.replace(path)
+        except RuntimeError as error:
+            raise CompileError(f"linking {path} with {linker} failed: {error}") from None
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def memory_plan(self) -> str:
+        """Return the bytes of parameters, temporaries and KV for people to read."""
+        parameters = sum(spec.size_bytes for spec in self.metadata.params)
+        temporary = self.metadata.memory_usage["forward"]
+        kv_token = self.metadata.kv_cache.bytes_per_token
+        context = self.metadata.context_window_size
+        total = parameters + temporary + kv_token * context
+        return "\n".join(
+            (
+                f"parameters        {_mib(parameters)}",
+                f"temporary         {_mib(temporary)}  "
+                f"(prefill chunk of {self.metadata.prefill_chunk_size} tokens)",
+                f"KV cache          {kv_token / 1024:10.1f} KiB a token",
+                f"in all            {_mib(total)}  (context of {context} tokens)",
+            )
+        )
+
+
+def _mib(size: int) -> str:
+    return f"{size / (1 << 20):10.1f} MiB"
+
+
+def compile_model(
+    config: ChatConfig, options: CompileOptions, progress: Callable[[str], None]
+) -> CompiledModel:
+    """Compile the model of `config` for a device; `progress` is told each stage.
+
+    Raises OptionError, DeviceError, UnsupportedModel or CompileError.
+    """
+    family = get_family(config.model_type)
+    model_config = family.config_from_json(config.model_config).with_overrides(options.overrides)
+    scheme = get_scheme(config.quantization)
+    described = describe_target(options.device, options.opt)
+    target = tvm.target.Target(described["target"])
+
+    progress("export")
+    model = build_quantized(family, model_config, scheme)
+    with target:
+        mod, parameters = model.export_tvm(model.export_spec())
+    with _stage_errors("lowering"), target:
+        mod, temporary = _lower(mod, model, options.debug_dump, progress)
+    metadata = _describe(config, model, parameters, temporary, described)
+    mod["_metadata"] = _constant_function(metadata.to_json())
+    progress("generate code")
+    with _stage_errors("code generation"):
+        executable = relax.build(mod, target, relax_pipeline=None)
+    return CompiledModel(metadata, executable)
+
+
+def _lower(
+    mod: tvm.IRModule, model: CausalLM, dump: Path | None, progress: Callable[[str], None]
+) -> tuple[tvm.IRModule, dict[str, int]]:
+    config = model.config
+    chunk, batch = config.prefill_chunk_size, config.max_batch_size
+    bounds = {"n": max(chunk, batch), "b": batch, "num_starts": batch + 1, "r": batch}
+    temporary: dict[str, int] = {}
+    _dump(dump, 0, "export", mod)
+    for index, (name, passes) in enumerate(phases(bounds), 1):
+        progress(name.replace("_", " "))
+        mod = tvm.transform.Sequential(passes, name=name)(mod)
+        _dump(dump, index, name, mod)
+        if name == "plan_memory":
+            temporary = {
+                function: temporary_bytes(mod, function) for function in ("forward", PACK_FUNCTION)
+            }
+    return mod, temporary
+
+
+def _dump(directory: Path | None, index: int, name: str, mod: tvm.IRModule) -> None:
+    if directory is not None:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / f"debug-phase{index}.py").write_text(
+            f"# after {name}\n{mod.script(show_meta=True)}\n"
+        )
+
+
+def _describe(
+    config: ChatConfig,
+    model: CausalLM,
+    parameters: list[tuple[str, Any]],
+    temporary: dict[str, int],
+    described: dict[str, Any],
+) -> LibraryMetadata:
+    shape = model.config
+    return LibraryMetadata(
+        model_type=config.model_type,
+        quantization=config.quantization,
+        context_window_size=shape.context_window_size,
+        sliding_window_size=shape.sliding_window_size,
+        attention_sink_size=shape.attention_sink_size,
+        prefill_chunk_size=shape.prefill_chunk_size,
+        max_batch_size=shape.max_batch_size,
+        vocab_size=shape.vocab_size,
+        params=[
+            TensorSpec(name, tuple(int(extent) for extent in tensor.shape), str(tensor.dtype))
+            for name, tensor in parameters
+        ],
+        kv_cache=model.kv_layout(),
+        memory_usage=temporary,
+        target=described["target"],
+        isa=described["isa"],
+        compiler_version=packages.version("apache-tvm"),
+    )
+
+
+def _constant_function(text: str) -> Any:
+    """Return a function of no arguments that returns `text`."""
+    builder = relax.BlockBuilder()
+    with builder.function("_metadata", params=[]):
+        builder.emit_func_output(tvm.ir.StringImm(text))
+    function = builder.finalize()["_metadata"]
+    return function.with_attr("global_symbol", "_metadata")
+
+
+@contextlib.contextmanager
+def _stage_errors(stage: str) -> Any:
+    """Turn a failure inside the compiler into a CompileError that names the stage."""
+    try:
+        yield
+    except (RuntimeError, ValueError, TypeError) as error:
+        summary = str(error).strip().splitlines()[-1] if str(error).strip() else repr(error)
+        logger.debug("%s failed", stage, exc_info=True)
+        raise CompileError(
+            f"the compiler failed in {stage}: {summary}; please report this with the model's "
+            "mlc-chat-config.json and the output of `mlc_llm doctor`"
+        ) from error
+
+

@@ -1,0 +1,81 @@
+"""The passes a model goes through, in order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import tvm
+from tvm import relax
+from tvm.relax import transform
+
+PACK_FUNCTION = "pack_params"
+_LIFTED = "forward_transform_params"
+
+# Phase -> passes. Each phase is one file of a debug dump.
+_SHARE_PACKING = [transform.EliminateCommonSubexpr()]
+_LOWER = [
+    transform.LegalizeOps(),
+    transform.ToNonDataflow(),
+    transform.RemovePurityChecking(),
+    transform.CallTIRRewrite(),
+]
+_PLAN_MEMORY = [transform.StaticPlanBlockMemory()]
+_LOWER_TO_VM = [
+    transform.LowerAllocTensor(),
+    transform.KillAfterLastUse(),
+    transform.LowerRuntimeBuiltin(),
+    transform.ComputePrimValue(),
+    transform.VMShapeLower(),
+    transform.AttachGlobalSymbol(),
+]
+
+
+def phases(bounds: Mapping[str, int]) -> list[tuple[str, list[Any]]]:
+    """Return named phases of passes; `bounds` limits the symbolic sizes for memory planning."""
+    return [
+        ("lift_packing", [*_SHARE_PACKING, lift_packing, bound_sizes(bounds)]),
+        ("lower", _LOWER),
+        ("plan_memory", _PLAN_MEMORY),
+        ("lower_to_vm", _LOWER_TO_VM),
+    ]
+
+
+@tvm.transform.module_pass(opt_level=0, name="LiftPacking")
+def lift_packing(mod: tvm.IRModule, _: tvm.transform.PassContext) -> tvm.IRModule:
+    """Move what depends on weights alone into `pack_params`: portable tuple -> packed tuple."""
+    mod = transform.LiftTransformParams()(mod)
+    pack = mod[_LIFTED].without_attr("num_input").with_attr("global_symbol", PACK_FUNCTION)
+    rest = tvm.IRModule({"forward": mod["forward"]})
+    forward = transform.BundleModelParams()(rest)["forward"]
+    functions = {
+        var: func for var, func in mod.functions.items() if isinstance(func, tvm.tirx.PrimFunc)
+    }
+    functions[mod.get_global_var("forward")] = forward
+    functions[tvm.ir.GlobalVar(PACK_FUNCTION)] = pack
+    return tvm.IRModule(functions, attrs=mod.attrs)
+
+
+def bound_sizes(bounds: Mapping[str, int]) -> Any:
+    """Return a pass that tells the memory planner the largest symbolic sizes of `forward`."""
+
+    @tvm.transform.module_pass(opt_level=0, name="BoundSizes")
+    def attach(mod: tvm.IRModule, _: tvm.transform.PassContext) -> tvm.IRModule:
+        forward = mod["forward"].with_attr("tir_var_upper_bound", dict(bounds))
+        mod.update_func(mod.get_global_var("forward"), forward)
+        return mod
+
+    return attach
+
+
+def temporary_bytes(mod: tvm.IRModule, function: str) -> int:
+    """Return the bytes of storage that a planned function allocates for itself."""
+    total = 0
+
+    def visit(node: Any) -> None:
+        nonlocal total
+        if isinstance(node, relax.Call) and node.op == tvm.ir.Op.get("relax.memory.alloc_storage"):
+            total += int(node.args[0].values[0])
+
+    relax.analysis.post_order_visit(mod[function], visit)
+    return total
