@@ -1,0 +1,117 @@
+"""Find out what a path holds and open it as a checkpoint. Does not read tensors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mlc_llm.artifact import CHAT_CONFIG_NAME
+from mlc_llm.errors import ModelNotFound, OptionError, UnsupportedModel
+from mlc_llm.weights import huggingface
+from mlc_llm.weights.source import WeightSource
+
+SOURCE_FORMATS = ("auto", "huggingface-torch", "huggingface-safetensor", "gguf", "awq")
+
+_FORMATS_IN_WORDS = "a Hugging Face directory with safetensors files, or a .gguf file"
+
+
+def open_source(path: Path, source_format: str = "auto") -> WeightSource:
+    """Open a Hugging Face directory, a `.gguf` file, or a directory that holds one model in GGUF.
+
+    Raises OptionError for an unknown format, ModelNotFound where there is no model,
+    UnsupportedModel for formats we do not read, CorruptFile for damaged files.
+    """
+    if source_format not in SOURCE_FORMATS:
+        raise OptionError(
+            f"--source-format {source_format!r} is not known; "
+            f"choose one of {', '.join(SOURCE_FORMATS)}"
+        )
+    if source_format in ("huggingface-torch", "awq"):
+        raise UnsupportedModel(
+            f"--source-format {source_format} is not supported; use {_FORMATS_IN_WORDS}"
+        )
+    if not path.exists():
+        raise ModelNotFound(f"{path} does not exist; give {_FORMATS_IN_WORDS}")
+    try:
+        return _open(path, source_format)
+    except OSError as error:
+        raise ModelNotFound(f"{path} cannot be read: {error}") from error
+
+
+def _open(path: Path, source_format: str) -> WeightSource:
+    if path.name == huggingface.CONFIG_NAME and path.is_file():
+        path = path.parent
+    if source_format == "auto":
+        source_format = _detect_format(path)
+    if source_format == "gguf":
+        # Imported late: a Hugging Face conversion does not need the gguf package.
+        from mlc_llm.weights.gguf import GGUFSource
+
+        return GGUFSource(_find_gguf(path))
+    _check_directory(path)
+    return huggingface.HuggingFaceSource(path)
+
+
+def _detect_format(path: Path) -> str:
+    if path.is_file():
+        return "gguf" if path.suffix == ".gguf" else _detect_by_content(path)
+    if _has_safetensors(path) or not _gguf_files(path):
+        return "huggingface-safetensor"
+    return "gguf"
+
+
+def _detect_by_content(path: Path) -> str:
+    with path.open("rb") as stream:
+        if stream.read(4) == b"GGUF":
+            return "gguf"
+    if path.suffix == ".safetensors":
+        raise UnsupportedModel(f"{path} is one file of a model; give its directory {path.parent}")
+    raise UnsupportedModel(f"{path} is not a model; give {_FORMATS_IN_WORDS}")
+
+
+def _has_safetensors(directory: Path) -> bool:
+    names = (huggingface.SINGLE_NAME, huggingface.INDEX_NAME)
+    return any((directory / name).is_file() for name in names)
+
+
+def _gguf_files(directory: Path) -> list[Path]:
+    """Return the GGUF files to choose from; of a split model only the first part."""
+    files = sorted(path for path in directory.glob("*.gguf") if path.is_file())
+    firsts = [path for path in files if "-00001-of-" in path.name]
+    return firsts + [path for path in files if "-of-" not in path.name]
+
+
+def _find_gguf(path: Path) -> Path:
+    if path.is_file():
+        return path
+    files = _gguf_files(path)
+    if not files:
+        raise ModelNotFound(f"{path} holds no .gguf file")
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files[:5])
+        raise ModelNotFound(f"{path} holds {len(files)} GGUF models ({names}); name one of them")
+    return files[0]
+
+
+def _check_directory(path: Path) -> None:
+    """Say what is wrong with a directory that is no Hugging Face model with safetensors."""
+    if not path.is_dir():
+        raise UnsupportedModel(f"{path} is not a directory; give {_FORMATS_IN_WORDS}")
+    names = sorted(entry.name for entry in path.iterdir())
+    if not names:
+        raise ModelNotFound(f"{path} is empty; give {_FORMATS_IN_WORDS}")
+    if CHAT_CONFIG_NAME in names:
+        raise UnsupportedModel(f"{path} is converted already ({CHAT_CONFIG_NAME}); use it directly")
+    if huggingface.CONFIG_NAME not in names:
+        raise ModelNotFound(
+            f"{path} has no {huggingface.CONFIG_NAME}, so it is not a model; "
+            f"give {_FORMATS_IN_WORDS}"
+        )
+    if not _has_safetensors(path):
+        if any(name.endswith((".bin", ".pt", ".pth")) for name in names):
+            raise UnsupportedModel(
+                f"{path} has its weights in PyTorch files only; use a repository with safetensors"
+            )
+        raise ModelNotFound(
+            f"{path} has a {huggingface.CONFIG_NAME} but no weights "
+            f"({huggingface.SINGLE_NAME} or {huggingface.INDEX_NAME})"
+        )
