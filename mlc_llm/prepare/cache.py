@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import errno
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -129,6 +130,11 @@ class CacheHome:
     def size_bytes(self) -> int:
         """Return the bytes the whole cache takes."""
         return size_of(self.root)
+
+
+def readable_name(name: str, key: str) -> str:
+    """Return the name of an entry: what it is, for people, and its key."""
+    return f"{re.sub(r'[^A-Za-z0-9._-]+', '_', name)}-{key[:16]}"
 
 
 def size_of(path: Path) -> int:

@@ -97,15 +97,8 @@ class HubAccess:
 
     @staticmethod
     def from_environment(environ: Mapping[str, str]) -> HubAccess:
-        """Read HF_ENDPOINT and HF_TOKEN. Raises OptionError."""
+        """Read HF_ENDPOINT and HF_TOKEN."""
         return HubAccess(environ.get("HF_ENDPOINT") or None, environ.get("HF_TOKEN") or None)
-
-    def __post_init__(self) -> None:
-        if self.endpoint is not None and not re.match(r"https?://[^/\s]+", self.endpoint):
-            raise OptionError(
-                f"HF_ENDPOINT is {self.endpoint!r}; it must be an address such as "
-                "https://huggingface.co"
-            )
 
 
 def is_repo(text: str) -> bool:
@@ -199,6 +192,10 @@ def _download(
 
     caller: dict[str, Any] = {"library_name": "mlc_llm", "library_version": __version__}
     api = HfApi(access.endpoint, token=access.token, **caller)
+    if not re.match(r"https?://[^/\s]+", api.endpoint):
+        raise OptionError(
+            f"HF_ENDPOINT is {api.endpoint!r}; it must be an address such as https://huggingface.co"
+        )
     headers = hub_tools().build_hf_headers(token=access.token, **caller)
     try:
         commit, listing = _list_files(api, ref)
@@ -269,7 +266,7 @@ def select_files(names: Collection[str], ref: RepoRef) -> list[str]:
     if CHAT_CONFIG_NAME in top:
         names_of_artifact = (CHAT_CONFIG_NAME, *TENSOR_INDEX_NAMES, "params_shard_*.bin")
         return _matching(top, names_of_artifact + _TOKENIZER_FILES)
-    weights = _matching(top, ("model*.safetensors",)) or _matching(top, ("*.safetensors",))
+    weights = _matching(top, ("model*.safetensors",))
     if "config.json" in top and weights:
         configs = ("config.json", "generation_config.json", "model.safetensors.index.json")
         return _matching(top, configs + _TOKENIZER_FILES) + weights
@@ -288,7 +285,7 @@ def select_files(names: Collection[str], ref: RepoRef) -> list[str]:
     shown = ", ".join(top[:8]) or "nothing"
     raise ModelNotFound(
         f"{ref} is not a model that can be used here: it has neither {CHAT_CONFIG_NAME}, nor "
-        f"config.json with safetensors, nor a GGUF file; it holds {shown}"
+        f"config.json with model.safetensors, nor a GGUF file; it holds {shown}"
     )
 
 
