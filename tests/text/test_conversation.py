@@ -214,7 +214,7 @@ def test_damaged_template_object_is_a_corrupt_file(field: str, value: Any) -> No
 def test_unknown_name_lists_names_like_it() -> None:
     with pytest.raises(OptionError, match=r"'llama_4'; use one of llama-4.* and 45 more.*auto"):
         get_conversation("llama_4")
-    with pytest.raises(OptionError, match="''; use one of .*45 more"):
+    with pytest.raises(OptionError, match=r"''; use one of .*45 more"):
         get_conversation("")
 
 

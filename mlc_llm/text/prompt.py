@@ -1,0 +1,143 @@
+"""From chat messages to the token ids of a prompt, and what ends the answer to it.
+
+Chooses between the model's Jinja template and MLC LLM's conversation template. Does not know how
+long a prompt may be, nor how tokens are made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mlc_llm.artifact import CHAT_CONFIG_NAME, CHAT_TEMPLATE_NAME, ChatConfig
+from mlc_llm.errors import CorruptFile, RequestError
+from mlc_llm.text.chat_template import ChatTemplate, find_chat_template
+from mlc_llm.text.conversation import Conversation
+from mlc_llm.text.tokenizer import Tokenizer
+
+
+class PromptBuilder:
+    """Builds prompts for one model."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        conversation: Conversation,
+        template: ChatTemplate | None,
+        eos_token_ids: Sequence[int],
+        vocab_size: int,
+    ) -> None:
+        """Keep the parts; owns `template`. With one, `conversation` only tells how answers end."""
+        self.stop_token_ids = frozenset([*conversation.stop_token_ids, *eos_token_ids])
+        self.stop_strings = [text for text in conversation.stop_str if text]
+        self._tokenizer = tokenizer
+        self._conversation = conversation
+        self._template = template
+        self._vocab_size = vocab_size
+
+    @classmethod
+    def load(cls, directory: Path, config: ChatConfig, tokenizer: Tokenizer) -> PromptBuilder:
+        """Read what the artifact says of prompts.
+
+        The file chat_template.jinja goes first, then the `conv_template` of the config, then a
+        chat template in the tokenizer's settings; a base model has none, its messages are joined.
+        Raises CorruptFile for a damaged template and OptionError for an unknown named one.
+        """
+        where = str(directory / CHAT_CONFIG_NAME)
+        if config.conv_template:
+            conversation = Conversation.from_json(config.conv_template, where)
+        else:
+            conversation = Conversation(system_prefix_token_ids=tokenizer.bos_prefix)
+        source = None
+        if (directory / CHAT_TEMPLATE_NAME).is_file() or not config.conv_template:
+            source = find_chat_template(directory, tokenizer.settings)
+        template = None if source is None else ChatTemplate(source, tokenizer.special_tokens)
+        eos_token_ids = _read_ids(config.eos_token_id, where)
+        return cls(tokenizer, conversation, template, eos_token_ids, config.vocab_size)
+
+    def start(self) -> None:
+        """Begin in the background what the first prompt needs, without waiting for it."""
+        if self._template is not None:
+            self._template.start()
+
+    def token_ids(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Return the ids of the prompt that asks for an answer to the messages.
+
+        A message has a `role` and a `content`: text, or a list of parts of type "text". Raises
+        RequestError for other messages, TemplateError where the model's template fails.
+        """
+        checked = check_messages(messages)
+        if self._template is not None:
+            # A Jinja template writes the BOS token itself where the model wants one.
+            ids = self._tokenizer.encode(self._template.render(checked))
+        else:
+            _refuse_other_fields(checked, self._conversation.name)
+            text = self._conversation.render(checked)
+            ids = self._conversation.system_prefix_token_ids + self._tokenizer.encode(text)
+        if ids and max(ids) >= self._vocab_size:
+            raise RequestError(
+                f"the prompt has token id {max(ids)}, the model has {self._vocab_size:,} tokens: "
+                "its tokenizer or conversation template belongs to another model; convert it again"
+            )
+        return ids
+
+    def close(self) -> None:
+        """End what `start` began."""
+        if self._template is not None:
+            self._template.close()
+
+
+def check_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the messages with all contents as text. Raises RequestError naming the bad one."""
+    if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
+        raise RequestError(f"messages must be a list, not {type(messages).__name__}")
+    if not messages:
+        raise RequestError("there are no messages; send at least one")
+    checked = []
+    for number, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            raise RequestError(f"message {number} must be an object, not {message!r:.80}")
+        role = message.get("role")
+        if not isinstance(role, str) or not role:
+            raise RequestError(f"message {number} has role {role!r:.80}; it must be a text")
+        text = _read_content(message.get("content"), number)
+        checked.append({**message, "role": role, "content": text})
+    return checked
+
+
+def _read_content(content: Any, number: int) -> str:
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise RequestError(
+            f"message {number} has content {content!r:.80}; it must be a text or a list of parts"
+        )
+    texts = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        text = part.get("text") if isinstance(part, Mapping) else None
+        if kind != "text" or not isinstance(text, str):
+            raise RequestError(
+                f"message {number} has a part of type {kind!r:.80}; this model takes parts "
+                '{"type": "text", "text": "..."} only'
+            )
+        texts.append(text)
+    return "".join(texts)
+
+
+def _refuse_other_fields(messages: Sequence[Mapping[str, Any]], name: str) -> None:
+    for number, message in enumerate(messages):
+        other = sorted(str(key) for key in message if key not in ("role", "content"))
+        if other:
+            raise RequestError(
+                f"message {number} has {', '.join(other)}, of which conversation template "
+                f"{name!r} makes no use; send role and content only"
+            )
+
+
+def _read_ids(value: Any, where: str) -> list[int]:
+    ids = value if isinstance(value, list) else [value]
+    if not all(isinstance(token_id, int) for token_id in ids):
+        raise CorruptFile(f"{where}: eos_token_id must be a number or a list of them, is {value!r}")
+    return ids
