@@ -16,6 +16,7 @@ from mlc_llm.errors import OptionError
 
 if TYPE_CHECKING:
     from mlc_llm.prepare.cache import CacheHome, CachePolicy
+    from mlc_llm.prepare.download import HubAccess
 
 DeviceOption = Annotated[
     str, typer.Option(metavar="NAME[:ID]", help="Device to run on: auto, cpu or cpu:0.")
@@ -34,6 +35,7 @@ CHAT_OVERRIDES: Mapping[str, type] = {
     "attention_sink_size": int,
     "tensor_parallel_shards": int,
     "pipeline_parallel_stages": int,
+    "kv_cache_dtype": str,
     "opt": str,
 }
 COMPILE_OVERRIDES: Mapping[str, type] = {
@@ -44,6 +46,7 @@ COMPILE_OVERRIDES: Mapping[str, type] = {
     "max_batch_size": int,
     "tensor_parallel_shards": int,
     "pipeline_parallel_stages": int,
+    "kv_cache_dtype": str,
     "disaggregation": bool,
 }
 
@@ -115,18 +118,21 @@ def require_text(name: str, text: str) -> str:
 
 @dataclass(frozen=True)
 class Caches:
-    """Where downloads and compiled libraries are kept, and what may be done with them."""
+    """Where downloads and compiled libraries are kept, what may be done with them, which hub."""
 
+    hub: HubAccess
     home: CacheHome
     download_policy: CachePolicy
     jit_policy: CachePolicy
 
 
 def read_caches(environment: Mapping[str, str] = os.environ) -> Caches:
-    """Read MLC_LLM_HOME, MLC_DOWNLOAD_CACHE_POLICY and MLC_JIT_POLICY. Raises OptionError."""
+    """Read the MLC_ and HF_ variables of the environment. Raises OptionError."""
     from mlc_llm.prepare.cache import CacheHome, CachePolicy
+    from mlc_llm.prepare.download import HubAccess
 
     return Caches(
+        hub=HubAccess.from_environment(environment),
         home=CacheHome.from_environment(environment),
         download_policy=CachePolicy.parse("MLC_DOWNLOAD_CACHE_POLICY", environment),
         jit_policy=CachePolicy.parse("MLC_JIT_POLICY", environment),

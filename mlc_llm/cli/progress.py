@@ -136,7 +136,7 @@ class BarProgress:
 
 def format_amount(done: int, total: int | None, unit: str) -> str:
     """Return `done` of `total` in words, bytes in the unit that fits."""
-    if unit == "B":
+    if unit in ("B", "bytes"):
         end = f"/{format_size(total)}" if total is not None else ""
         return f"{format_size(done)}{end}"
     end = f"/{total:,}" if total is not None else ""

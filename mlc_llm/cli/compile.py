@@ -1,0 +1,131 @@
+"""`mlc_llm compile`: turn a model's configuration into a shared library for one device."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mlc_llm.cli.options import (
+    COMPILE_OVERRIDES,
+    DeviceOption,
+    ModelTypeOption,
+    parse_overrides,
+)
+from mlc_llm.cli.terminal import say
+from mlc_llm.errors import OptionError
+
+if TYPE_CHECKING:
+    from mlc_llm.artifact import ChatConfig
+
+_SUFFIXES = {"darwin": (".dylib", ".so"), "win32": (".dll",)}.get(sys.platform, (".so",))
+
+
+def compile_library(
+    model: Annotated[
+        Path,
+        typer.Argument(
+            metavar="MODEL_OR_CONFIG",
+            help="Directory with mlc-chat-config.json, or that file; or a Hugging Face directory "
+            "or its config.json, with --quantization.",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="Library to write: .so, on macOS .dylib, on Windows .dll.",
+            show_default=False,
+        ),
+    ],
+    quantization: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Quantization, where not the one of mlc-chat-config.json."
+        ),
+    ] = None,
+    model_type: ModelTypeOption = "auto",
+    device: DeviceOption = "auto",
+    opt: Annotated[str, typer.Option(metavar="O0..O3", help="Optimization level.")] = "O2",
+    overrides: Annotated[
+        str,
+        typer.Option(
+            metavar="K=V;K=V",
+            help=f"Change the model's limits: {', '.join(COMPILE_OVERRIDES)}.",
+            show_default=False,
+        ),
+    ] = "",
+    debug_dump: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write the code of each stage there.")
+    ] = None,
+) -> None:
+    """Compile a model's library; print the memory it needs."""
+    values = parse_overrides(overrides, COMPILE_OVERRIDES)
+    if output.suffix not in _SUFFIXES:
+        raise OptionError(
+            f"--output {output}: only {' and '.join(_SUFFIXES)} files can be written here"
+        )
+    config = _read_config(model, quantization, model_type)
+
+    from mlc_llm.compiler.compile import CompileOptions, compile_model
+    from mlc_llm.prepare.cache import storage_errors
+
+    options = CompileOptions(device=device, opt=opt, overrides=values, debug_dump=debug_dump)
+    compiled = compile_model(config, options, lambda stage: say(f"compiling: {stage}"))
+    with storage_errors(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        compiled.link(output)
+    print(compiled.memory_plan())
+    say(f"wrote {output}")
+
+
+def _read_config(model: Path, quantization: str | None, model_type: str) -> ChatConfig:
+    """Read the configuration of an artifact, or derive one from a Hugging Face model's."""
+    from mlc_llm.artifact import CHAT_CONFIG_NAME, ChatConfig, read_json_object
+
+    path = model / CHAT_CONFIG_NAME if model.is_dir() else model
+    if path.name == CHAT_CONFIG_NAME and path.is_file():
+        config = ChatConfig.from_json(read_json_object(path), str(path))
+        if quantization is not None:
+            config = dataclasses.replace(config, quantization=quantization)
+        if model_type != "auto":
+            config = dataclasses.replace(config, model_type=model_type)
+        return config
+    if quantization is None:
+        raise OptionError(f"{model} is not converted yet, so --quantization NAME must be given")
+    return _derive_config(model, quantization, model_type)
+
+
+def _derive_config(model: Path, quantization: str, model_type: str) -> ChatConfig:
+    """Return what a library depends on, from a `config.json` or GGUF file alone."""
+    from mlc_llm.artifact import ChatConfig, read_json_object
+    from mlc_llm.models.registry import find_family
+    from mlc_llm.prepare.resolve import find_source
+    from mlc_llm.weights.open import open_source
+
+    source = find_source(model)
+    if source.is_dir():
+        description = read_json_object(source / "config.json")
+    else:
+        with closing(open_source(source)) as weights:
+            description = weights.config
+    family = find_family(description, model_type)
+    config = family.config_from_huggingface(description)
+    return ChatConfig(
+        model_type=family.name,
+        quantization=quantization,
+        model_config=config.to_json(),
+        vocab_size=config.vocab_size,
+        context_window_size=config.context_window_size,
+        prefill_chunk_size=config.prefill_chunk_size,
+        sliding_window_size=config.sliding_window_size,
+        attention_sink_size=config.attention_sink_size,
+        conv_template={},
+    )

@@ -1,0 +1,176 @@
+"""The `chat` command from its options to its answers, on a fake session."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import mlc_llm.engine.session
+import mlc_llm.prepare.jit
+import mlc_llm.prepare.resolve
+from mlc_llm.cli.main import main
+from mlc_llm.errors import ContextTooLong, ModelNotFound
+
+from .fakes import FakeSession
+
+
+class Chat:
+    """Runs `mlc_llm chat` with everything below the command line replaced."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        self.session = FakeSession([["The capital ", "is Paris."]])
+        self.calls: dict[str, dict[str, Any]] = {}
+        self._monkeypatch = monkeypatch
+        monkeypatch.setenv("MLC_LLM_HOME", str(tmp_path / "home"))
+        for name in ("MLC_JIT_POLICY", "MLC_DOWNLOAD_CACHE_POLICY", "HF_TOKEN", "HF_ENDPOINT"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setattr(mlc_llm.prepare.resolve, "prepare_artifact", self._prepare_artifact)
+        monkeypatch.setattr(mlc_llm.prepare.jit, "prepare_library", self._prepare_library)
+        monkeypatch.setattr(mlc_llm.engine.session, "ChatSession", self)
+
+    def run(self, *arguments: str, stdin: bytes | None = None) -> int:
+        """Run the command; `stdin` is piped in."""
+        text = io.TextIOWrapper(io.BytesIO(stdin or b""), encoding="utf-8")
+        self._monkeypatch.setattr("sys.stdin", text)
+        return main(["chat", *arguments])
+
+    def _prepare_artifact(self, model: str | None, **options: Any) -> Path:
+        self.calls["artifact"] = {"model": model, **options}
+        if model == "missing":
+            raise ModelNotFound("missing does not exist")
+        return Path("artifact")
+
+    def _prepare_library(self, artifact: Path, **options: Any) -> Path:
+        self.calls["library"] = {"artifact": artifact, **options}
+        return Path("library")
+
+    def open(self, artifact: Path, library: Path, **options: Any) -> FakeSession:
+        """Stand for ChatSession.open."""
+        self.calls["open"] = {"artifact": artifact, "library": library, **options}
+        return self.session
+
+
+@pytest.fixture
+def chat(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Chat:
+    return Chat(monkeypatch, tmp_path)
+
+
+def test_a_prompt_is_answered_once_on_stdout(
+    chat: Chat, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert chat.run("model", "--prompt", "What is the capital of France?") == 0
+    captured = capsys.readouterr()
+    assert captured.out == "The capital is Paris.\n"
+    assert captured.err == ""
+    expected = [{"role": "user", "content": "What is the capital of France?"}]
+    assert chat.session.prompts == [expected]
+    assert chat.session.is_closed
+
+
+def test_piped_input_is_the_prompt(chat: Chat, capsys: pytest.CaptureFixture[str]) -> None:
+    assert chat.run("model", stdin="zwei\nZeilen ü\n".encode()) == 0
+    assert capsys.readouterr().out == "The capital is Paris.\n"
+    assert chat.session.prompts[0][0]["content"] == "zwei\nZeilen ü\n"
+
+
+def test_no_model_is_left_to_prepare(chat: Chat) -> None:
+    assert chat.run("--prompt", "hi") == 0
+    assert chat.calls["artifact"]["model"] is None
+    assert chat.calls["artifact"]["quantization"] is None
+
+
+def test_options_reach_their_places(chat: Chat) -> None:
+    arguments = (
+        "model --device cpu:0 --quantization q0f32 --overrides context_window_size=99;opt=O1 "
+        "--system Brief. --max-tokens 5 --temperature 0 --top-p 0.5 --seed 7 --prompt hi"
+    )
+    assert chat.run(*arguments.split()) == 0
+    assert chat.calls["artifact"]["quantization"] == "q0f32"
+    library = chat.calls["library"]
+    assert (library["device"], library["opt"]) == ("cpu:0", "O1")
+    assert library["overrides"] == {"context_window_size": 99}
+    assert chat.calls["open"]["overrides"] == {"context_window_size": 99}
+    assert chat.calls["open"]["device"] == "cpu:0"
+    assert chat.calls["open"]["library"] == Path("library")
+    assert chat.session.prompts[0][0] == {"role": "system", "content": "Brief."}
+    params = chat.session.params[0]
+    assert (params.max_tokens, params.temperature, params.top_p, params.seed) == (5, 0, 0.5, 7)
+
+
+def test_a_given_library_is_used_and_none_is_made(chat: Chat, tmp_path: Path) -> None:
+    library = tmp_path / "lib.so"
+    library.touch()
+    assert chat.run("model", "--model-lib", str(library), "--prompt", "hi") == 0
+    assert chat.calls["open"]["library"] == library
+    assert "library" not in chat.calls
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["missing", "--prompt", "x"], 1, "missing does not exist"),
+        (["m", "--prompt", " "], 2, "--prompt is empty"),
+        (["m", "--prompt", "a\udcff"], 2, "--prompt is not valid UTF-8"),
+        (["m", "--prompt", "x", "--system", ""], 2, "--system is empty"),
+        (["m"], 2, "the piped input is empty"),
+        (["m", "--prompt", "x", "--overrides", "size=1"], 2, "unknown key 'size'"),
+        (["m", "--prompt", "x", "--overrides", "opt=O1", "--opt", "O2"], 2, "use one"),
+        (["m", "--prompt", "x", "--model-lib", "no.so"], 1, "--model-lib no.so does not exist"),
+        (["m", "--prompt", "x", "--model-lib", "no.so", "--opt", "O2"], 2, "--opt has no effect"),
+        (["m", "--prompt", "x", "--temperature", "-1"], 2, "temperature"),
+        (["m", "--prompt", "x", "--temperature", "nan"], 2, "temperature"),
+        (["m", "--prompt", "x", "--top-p", "2"], 2, "top_p"),
+        (["m", "--prompt", "x", "--max-tokens", "0"], 2, "max_tokens"),
+    ],
+)
+def test_mistakes_are_explained(  # type: ignore[no-untyped-def]
+    chat: Chat, capsys, arguments: list[str], code: int, words: str
+) -> None:
+    assert chat.run(*arguments) == code
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert words in captured.err
+    assert "Traceback" not in captured.err
+
+
+def test_a_bad_policy_is_named(chat: Chat, monkeypatch, capsys) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setenv("MLC_JIT_POLICY", "MAYBE")
+    assert chat.run("m", "--prompt", "x") == 2
+    assert "MLC_JIT_POLICY is 'MAYBE'" in capsys.readouterr().err
+
+
+def test_piped_bytes_that_are_no_text_are_refused(chat: Chat, capsys) -> None:  # type: ignore[no-untyped-def]
+    assert chat.run("m", stdin=b"\xff\xfe\x00") == 2
+    assert "not UTF-8" in capsys.readouterr().err
+
+
+def test_a_prompt_that_is_too_long_fails(chat: Chat, capsys) -> None:  # type: ignore[no-untyped-def]
+    chat.session = FakeSession([[ContextTooLong("prompt has 9,120 tokens, the model allows 64")]])
+    assert chat.run("m", "--prompt", "x") == 1
+    captured = capsys.readouterr()
+    assert captured.err == "error: prompt has 9,120 tokens, the model allows 64\n"
+    assert captured.out == ""
+
+
+def test_ctrl_c_ends_a_single_answer(chat: Chat, capsys) -> None:  # type: ignore[no-untyped-def]
+    chat.session = FakeSession([["so far", KeyboardInterrupt()]])
+    assert chat.run("m", "--prompt", "x") == 130
+    assert capsys.readouterr().out == "so far\n"
+    assert chat.session.is_closed
+
+
+def test_a_terminal_opens_the_dialogue(chat: Chat, monkeypatch, capsys) -> None:  # type: ignore[no-untyped-def]
+    class Terminal(io.TextIOWrapper):
+        def isatty(self) -> bool:
+            return True
+
+    lines = iter(["hello", "/exit"])
+    monkeypatch.setattr("mlc_llm.cli.terminal.prompt_reader", lambda: lambda: next(lines))
+    monkeypatch.setattr("sys.stdin", Terminal(io.BytesIO()))
+    assert main(["chat", "model"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == "The capital is Paris.\n"
+    assert "/help lists the commands" in captured.err
+    assert chat.session.is_closed
