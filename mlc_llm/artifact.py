@@ -190,12 +190,12 @@ class TensorIndex:
     shard_md5: dict[Path, str]
 
     def read(self, name: str) -> NDArray[Any]:
-        """Return a tensor: a read-only view of the mapped file, or a copy where bytes differ."""
+        """Return a tensor: a private view of the mapped file, or a copy where bytes differ."""
         record = self.records[name]
         stored = ml_dtypes.bfloat16 if record.is_f32_as_bf16 else numpy_dtype(record.spec.dtype)
         if record.size_bytes == 0:
             return np.zeros(record.spec.shape, stored)
-        raw = np.memmap(record.path, np.uint8, "r", record.offset, (record.size_bytes,))
+        raw = np.memmap(record.path, np.uint8, "c", record.offset, (record.size_bytes,))
         array = raw.view(stored).reshape(record.spec.shape)
         return array.astype(np.float32) if record.is_f32_as_bf16 else array
 

@@ -210,3 +210,16 @@ def _cgroup_cpus() -> float | None:
     except (OSError, ValueError):
         return None
     return quota_us / period_us if quota_us > 0 and period_us > 0 else None
+
+
+def export_num_threads(count: int | None = None) -> int:
+    """Tell TVM's thread pool its size, before its first use: `count`, or one per physical core.
+
+    Returns the size. Raises OptionError for a count below one or above the machine's CPUs.
+    """
+    limit = os.cpu_count() or 1
+    if count is not None and not 1 <= count <= limit:
+        raise OptionError(f"{count} threads were asked for; use 1 to {limit} on this machine")
+    if count is not None or "TVM_NUM_THREADS" not in os.environ:
+        os.environ["TVM_NUM_THREADS"] = str(count or host_cpu().physical_cores)
+    return int(os.environ["TVM_NUM_THREADS"])

@@ -6,7 +6,7 @@ from typing import Any
 
 from tvm.script import tirx as T
 
-from mlc_llm.kernels.cpu.vector_math import exp, reduce_sum, splat, vector_lanes
+from mlc_llm.kernels.cpu.vector_math import exp, lane_dtype, reduce_sum, span, splat, vector_lanes
 
 # Below this many rows a parallel launch costs more than it saves (benchmarks/kernels.py).
 _SERIAL_ROWS = 4
@@ -19,26 +19,26 @@ def rms_norm(hidden_size: int, weight_dtype: str, eps: float) -> Any:
     """
     lanes = vector_lanes(hidden_size)
     steps = hidden_size // lanes
-    vector = f"float32x{lanes}"
+    vector = lane_dtype("float32", lanes)
 
     @T.macro
     def normalise(x: T.handle, weight: T.handle, out: T.handle, row: T.int32) -> None:
         total = T.alloc_buffer((lanes,), "float32")
-        total[T.ramp(0, 1, lanes)] = splat(T.float32(0), lanes)
+        total[span(0, lanes)] = splat(T.float32(0), lanes)
         for i in T.serial(steps):
-            total[T.ramp(0, 1, lanes)] = (
-                total[T.ramp(0, 1, lanes)]
-                + x[row, T.ramp(i * lanes, 1, lanes)] * x[row, T.ramp(i * lanes, 1, lanes)]
+            total[span(0, lanes)] = (
+                total[span(0, lanes)]
+                + x[row, span(i * lanes, lanes)] * x[row, span(i * lanes, lanes)]
             )
         factor = T.alloc_buffer((1,), "float32")
         factor[0] = T.float32(1) / T.sqrt(
-            reduce_sum(total[T.ramp(0, 1, lanes)], lanes) / T.float32(hidden_size) + T.float32(eps)
+            reduce_sum(total[span(0, lanes)], lanes) / T.float32(hidden_size) + T.float32(eps)
         )
         for i in T.serial(steps):
-            out[row, T.ramp(i * lanes, 1, lanes)] = (
-                x[row, T.ramp(i * lanes, 1, lanes)]
+            out[row, span(i * lanes, lanes)] = (
+                x[row, span(i * lanes, lanes)]
                 * splat(factor[0], lanes)
-                * T.Cast(vector, weight[T.ramp(i * lanes, 1, lanes)])
+                * T.Cast(vector, weight[span(i * lanes, lanes)])
             )
 
     @T.prim_func(private=True, s_tir=True)
@@ -65,10 +65,10 @@ def silu_mul(width: int) -> Any:
     @T.macro
     def activate(x: T.handle, out: T.handle, row: T.int32) -> None:
         for i in T.serial(width // lanes):
-            out[row, T.ramp(i * lanes, 1, lanes)] = (
-                x[row, T.ramp(i * lanes, 1, lanes)]
-                / (splat(T.float32(1), lanes) + exp(-x[row, T.ramp(i * lanes, 1, lanes)], lanes))
-                * x[row, T.ramp(width + i * lanes, 1, lanes)]
+            out[row, span(i * lanes, lanes)] = (
+                x[row, span(i * lanes, lanes)]
+                / (splat(T.float32(1), lanes) + exp(-x[row, span(i * lanes, lanes)], lanes))
+                * x[row, span(width + i * lanes, lanes)]
             )
 
     @T.prim_func(private=True, s_tir=True)
@@ -100,8 +100,8 @@ def add(width: int) -> Any:
         out = T.match_buffer(out_handle, (n, width), "float32")
         for row in T.serial(n):
             for i in T.serial(width // lanes):
-                out[row, T.ramp(i * lanes, 1, lanes)] = (
-                    x[row, T.ramp(i * lanes, 1, lanes)] + y[row, T.ramp(i * lanes, 1, lanes)]
+                out[row, span(i * lanes, lanes)] = (
+                    x[row, span(i * lanes, lanes)] + y[row, span(i * lanes, lanes)]
                 )
 
     return add_kernel

@@ -24,8 +24,18 @@ _EXP2_COEFFICIENTS = (
 
 
 def splat(value: Any, lanes: int = LANES) -> Any:
-    """Return `value` in every lane."""
-    return T.broadcast(value, lanes)
+    """Return `value` in every lane; one lane is a scalar."""
+    return value if lanes == 1 else T.broadcast(value, lanes)
+
+
+def span(start: Any, lanes: int = LANES) -> Any:
+    """Return the index of `lanes` neighbours from `start`; one lane is a scalar."""
+    return start if lanes == 1 else T.ramp(start, 1, lanes)
+
+
+def lane_dtype(dtype: str, lanes: int = LANES) -> str:
+    """Return the dtype of a vector of `lanes` lanes."""
+    return dtype if lanes == 1 else f"{dtype}x{lanes}"
 
 
 def exp(x: Any, lanes: int = LANES) -> Any:
@@ -42,19 +52,23 @@ def exp(x: Any, lanes: int = LANES) -> Any:
     poly = splat(T.float32(_EXP2_COEFFICIENTS[0]), lanes)
     for coefficient in _EXP2_COEFFICIENTS[1:]:
         poly = poly * fraction + splat(T.float32(coefficient), lanes)
-    exponent = T.Cast(f"int32x{lanes}", whole) + splat(T.int32(127), lanes)
-    scale = T.reinterpret(f"float32x{lanes}", T.shift_left(exponent, splat(T.int32(23), lanes)))
+    exponent = T.Cast(lane_dtype("int32", lanes), whole) + splat(T.int32(127), lanes)
+    scale = T.reinterpret(lane_dtype("float32", lanes), T.shift_left(exponent, splat(T.int32(23), lanes)))
     return poly * scale
 
 
 def reduce_sum(x: Any, lanes: int = LANES) -> Any:
     """Return the sum of all lanes (order is LLVM's sequential one)."""
+    if lanes == 1:
+        return x
     intrinsic = T.llvm_lookup_intrinsic_id(f"llvm.vector.reduce.fadd.v{lanes}f32")
     return T.call_llvm_pure_intrin(intrinsic, T.float32(0), x, dtype="float32")
 
 
 def reduce_max(x: Any, lanes: int = LANES) -> Any:
     """Return the largest lane."""
+    if lanes == 1:
+        return x
     intrinsic = T.llvm_lookup_intrinsic_id(f"llvm.vector.reduce.fmax.v{lanes}f32")
     return T.call_llvm_pure_intrin(intrinsic, x, dtype="float32")
 

@@ -1,0 +1,64 @@
+"""Memory that compiled code may use in place: aligned NumPy arrays and TVM views of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+# What TVM demands of memory that comes from outside.
+ALIGNMENT = 64
+# DLPack as NumPy speaks it lacks these; they travel as raw integers and are relabelled.
+_RELABELLED: dict[Any, tuple[Any, str]] = {
+    np.dtype(ml_dtypes.bfloat16): (np.uint16, "bfloat16"),
+    np.dtype(ml_dtypes.float8_e4m3fn): (np.uint8, "float8_e4m3fn"),
+    np.dtype(ml_dtypes.float8_e5m2): (np.uint8, "float8_e5m2"),
+}
+
+
+def aligned_zeros(shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
+    """Return zeros whose address is a multiple of 64; pages of it are taken when first written."""
+    dtype = np.dtype(dtype)
+    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    raw = np.zeros(size + ALIGNMENT, np.uint8)
+    offset = -raw.ctypes.data % ALIGNMENT
+    return raw[offset : offset + size].view(dtype).reshape(shape)
+
+
+def as_aligned(array: NDArray[Any]) -> NDArray[Any]:
+    """Return the array itself if it is contiguous and aligned, else a copy that is."""
+    if array.flags.c_contiguous and array.ctypes.data % ALIGNMENT == 0:
+        return array
+    copy = aligned_zeros(array.shape, array.dtype)
+    copy[...] = array
+    return copy
+
+
+def as_tensor(array: NDArray[Any]) -> Any:
+    """Return a TVM tensor on the memory of an aligned, writable array, which it keeps alive."""
+    import tvm_ffi
+
+    raw = array.view(np.ndarray)
+    relabel = _RELABELLED.get(raw.dtype)
+    if relabel is not None:
+        stored, dtype = relabel
+        tensor = tvm_ffi.from_dlpack(raw.view(stored))
+        view = tvm_ffi.get_global_func("runtime.TVMTensorCreateView")
+        return view(tensor, tvm_ffi.Shape(raw.shape), tvm_ffi.dtype(dtype), 0)
+    return tvm_ffi.from_dlpack(raw)
+
+
+def as_array(tensor: Any) -> NDArray[Any]:
+    """Return a NumPy array on the memory of a TVM tensor, which it keeps alive."""
+    dtype = str(tensor.dtype)
+    if dtype in ("bfloat16", "float8_e4m3fn", "float8_e5m2"):
+        import tvm_ffi
+
+        stored = "uint16" if dtype == "bfloat16" else "uint8"
+        view = tvm_ffi.get_global_func("runtime.TVMTensorCreateView")
+        raw = view(tensor, tvm_ffi.Shape(tensor.shape), tvm_ffi.dtype(stored), 0)
+        result: NDArray[Any] = np.from_dlpack(raw).view(np.dtype(getattr(ml_dtypes, dtype)))
+        return result
+    return np.from_dlpack(tensor)

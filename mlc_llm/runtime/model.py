@@ -1,0 +1,78 @@
+"""The `ModelRunner` on a compiled library: parameters, KV pages and the `forward` call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mlc_llm.artifact import LibraryMetadata, numpy_dtype
+from mlc_llm.runtime.library import load_library
+from mlc_llm.runtime.memory import aligned_zeros, as_array, as_tensor
+from mlc_llm.runtime.parameters import load_parameters
+from mlc_llm.runtime.runner import Step
+
+
+class CompiledRunner:
+    """Owns a library's virtual machine, its parameters and KV pages."""
+
+    def __init__(
+        self, artifact: Path, library: Path, num_pages: int, progress: Callable[[str], None]
+    ) -> None:
+        """Load a library and the weights of an artifact.
+
+        Raises ModelNotFound, CorruptFile, LibraryError, LibraryMismatch or ParameterMismatch.
+        """
+        loaded = load_library(library)
+        import tvm_ffi
+
+        self._metadata = loaded.metadata
+        self._num_pages = num_pages
+        parameters = load_parameters(artifact, loaded, progress)
+        self._parameters = tvm_ffi.Array([as_tensor(array) for array in parameters])
+        layout = self._metadata.kv_cache
+        # Zeros are not touched here: memory is taken page by page as the context grows.
+        pages = [
+            aligned_zeros(layout.page_shape(num_pages), numpy_dtype(layout.dtype))
+            for _ in range(layout.num_layers)
+        ]
+        self._pages = tvm_ffi.Array([as_tensor(array) for array in pages])
+        self._forward: Any = loaded.open_machine()["forward"]
+
+    @property
+    def metadata(self) -> LibraryMetadata:
+        """What the library says of itself."""
+        return self._metadata
+
+    @property
+    def num_pages(self) -> int:
+        """KV pages there are."""
+        return self._num_pages
+
+    def forward(self, step: Step) -> NDArray[Any]:
+        """Run a step; returns logits (r, vocab) float32, valid until the next step."""
+        arrays = (
+            step.token_ids,
+            step.positions,
+            step.query_start,
+            step.slots,
+            step.page_table,
+            step.context_len,
+            step.logit_rows,
+        )
+        inputs = [as_tensor(_aligned_int32(array)) for array in arrays]
+        logits = self._forward(*inputs, self._pages, self._parameters)[0]
+        return as_array(logits)
+
+    def close(self) -> None:
+        """Free the model's memory; the runner cannot be used afterwards."""
+        self._forward = self._pages = self._parameters = None
+
+
+def _aligned_int32(array: NDArray[np.int32]) -> NDArray[np.int32]:
+    copy: NDArray[np.int32] = aligned_zeros(array.shape, np.int32)
+    copy[...] = array
+    return copy

@@ -1,0 +1,127 @@
+"""Parameters in the layout of a library: packed once by its `pack_params`, then mapped.
+
+The packed file lies beside a JIT library. It is one header line of JSON and aligned raw arrays,
+and names the weights and the library it belongs to.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mlc_llm.artifact import find_tensor_index, numpy_dtype, read_tensor_index
+from mlc_llm.errors import ModelNotFound
+from mlc_llm.runtime.library import Library
+from mlc_llm.runtime.memory import as_aligned, as_array, as_tensor
+
+_HEADER_BYTES = 1 << 20
+_ALIGNMENT = 64
+_FORMAT = 1
+
+
+def load_parameters(
+    artifact: Path, library: Library, progress: Callable[[str], None]
+) -> list[NDArray[Any]]:
+    """Return the library's packed parameters, from its cache file or packed now.
+
+    Raises ModelNotFound, CorruptFile or ParameterMismatch.
+    """
+    cache = _cache_path(artifact, library)
+    if cache is not None:
+        mapped = _map_packed(cache)
+        if mapped is not None:
+            return mapped
+    progress("pack weights for this CPU")
+    packed = _pack(artifact, library)
+    if cache is None or not _write_packed(cache, packed):
+        return packed
+    # Mapped pages can be shared and dropped by the system; the copies above are freed.
+    mapped = _map_packed(cache)
+    return packed if mapped is None else mapped
+
+
+def _cache_path(artifact: Path, library: Library) -> Path | None:
+    """Return where packed weights are kept: beside JIT libraries, nowhere for files of users."""
+    if not library.path.is_dir():
+        return None
+    index = find_tensor_index(artifact)
+    if index is None:
+        raise ModelNotFound(f"{artifact} has no weights; run `mlc_llm convert_weight` first")
+    digest = hashlib.sha256(index.read_bytes())
+    digest.update(library.metadata.to_json().encode())
+    status = [(path.name, path.stat().st_size) for path in sorted(library.path.glob("*.o"))]
+    shards = [
+        (path.name, path.stat().st_size, path.stat().st_mtime_ns)
+        for path in sorted(artifact.glob("params_shard_*.bin"))
+    ]
+    digest.update(json.dumps([_FORMAT, status, shards]).encode())
+    return library.path / f"packed-{digest.hexdigest()[:24]}.bin"
+
+
+def _pack(artifact: Path, library: Library) -> list[NDArray[Any]]:
+    index = read_tensor_index(artifact)
+    index.check(library.metadata.params, str(artifact))
+    import tvm_ffi
+
+    portable = [
+        as_tensor(as_aligned(index.read(spec.name).view(np.ndarray)))
+        for spec in library.metadata.params
+    ]
+    # Nothing of this machine's pool is reused, so its memory goes back when the arrays do.
+    machine = library.open_machine(is_pooled=False)
+    packed = machine["pack_params"](tvm_ffi.Array(portable))
+    return [as_array(tensor) for tensor in packed]
+
+
+def _write_packed(path: Path, arrays: list[NDArray[Any]]) -> bool:
+    """Write arrays to a cache file, whole or not at all; False where that is not possible."""
+    records = []
+    offset = _HEADER_BYTES
+    for array in arrays:
+        records.append([list(array.shape), array.dtype.name, offset])
+        offset += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
+    header = json.dumps({"format": _FORMAT, "size": offset, "arrays": records}).encode()
+    if len(header) >= _HEADER_BYTES:
+        return False
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as stream:
+            stream.write(header.ljust(_HEADER_BYTES))
+            for array, (_, _, start) in zip(arrays, records, strict=True):
+                stream.seek(start)
+                stream.write(memoryview(array.reshape(-1).view(np.uint8)))
+            stream.truncate(offset)
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        return False
+    for stale in path.parent.glob("packed-*.bin"):
+        if stale != path:
+            stale.unlink(missing_ok=True)
+    return True
+
+
+def _map_packed(path: Path) -> list[NDArray[Any]] | None:
+    """Return mapped arrays, or None where the file is absent, truncated or not ours."""
+    try:
+        with path.open("rb") as stream:
+            header = json.loads(stream.read(_HEADER_BYTES))
+            if header["format"] != _FORMAT or header["size"] != path.stat().st_size:
+                return None
+            mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    arrays = []
+    for shape, dtype_name, offset in header["arrays"]:
+        dtype = numpy_dtype(dtype_name)
+        count = int(np.prod(shape, dtype=np.int64))
+        arrays.append(np.frombuffer(mapped, dtype, count, offset).reshape(shape))
+    return arrays
