@@ -96,7 +96,7 @@ def chat(
         "top_p": top_p,
         "seed": seed,
     }
-    if model_lib is not None and not model_lib.is_file():
+    if model_lib is not None and not model_lib.exists():
         raise ModelNotFound(f"--model-lib {model_lib} does not exist; make it with mlc_llm compile")
     with closing(
         _open_session(

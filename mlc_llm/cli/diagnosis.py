@@ -171,16 +171,23 @@ def _examine_environment(environment: Mapping[str, str]) -> Iterator[Finding]:
 
 def _examine_tools() -> Iterator[Finding]:
     section = "Runtime and tools"
-    problem = _runtime_problem()
-    yield Finding(section, "TVM runtime", "broken" if problem else "loads", problem)
+    num_threads, problem = _try_runtime()
+    value = f"loads, uses {num_threads} threads" if problem is None else "broken"
+    yield Finding(section, "TVM runtime", value, problem)
     found = next((path for name in _LINKERS if (path := shutil.which(name))), None)
     absent = "none found; only `mlc_llm compile` needs one, chat does without"
     yield Finding(section, "linker", found or absent)
 
 
-def _runtime_problem() -> str | None:
-    """Load the runtime in a process of its own, so that a crash in native code is a finding."""
-    code = "import tvm_ffi, tvm_ffi_orcjit, mlc_llm.runtime.library"
+def _try_runtime() -> tuple[int, str | None]:
+    """Load the runtime in a process of its own, so that a crash in native code is a finding.
+
+    Returns the number of threads it uses and what is wrong, if anything.
+    """
+    code = (
+        "import tvm_ffi_orcjit; from mlc_llm.runtime.library import num_threads; "
+        "print(num_threads())"
+    )
     try:
         done = subprocess.run(
             [sys.executable, "-c", code],
@@ -190,10 +197,9 @@ def _runtime_problem() -> str | None:
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return f"the TVM runtime did not load within {_RUNTIME_TIMEOUT_S} seconds"
+        return 0, f"the TVM runtime did not load within {_RUNTIME_TIMEOUT_S} seconds; try again"
     if done.returncode == 0:
-        return None
+        return int(done.stdout), None
     lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-    return (
-        f"the TVM runtime does not load ({lines[-1]}); run `pip install --force-reinstall mlc_llm`"
-    )
+    mend = "install mlc_llm anew: `pip install --force-reinstall .` in its directory"
+    return 0, f"the TVM runtime does not load ({lines[-1]}); {mend}"

@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ def healthy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
     monkeypatch.setattr(importlib.metadata, "requires", lambda name: REQUIREMENTS)
     monkeypatch.setattr(importlib.metadata, "version", version)
-    monkeypatch.setattr(diagnosis, "_runtime_problem", lambda: None)
+    monkeypatch.setattr(diagnosis, "_try_runtime", lambda: (2, None))
     monkeypatch.setattr(diagnosis, "_LOW_DISK_BYTES", 0)
     monkeypatch.setenv("MLC_LLM_HOME", str(tmp_path / "home"))
     for name in ("MLC_JIT_POLICY", "MLC_DOWNLOAD_CACHE_POLICY", "HF_ENDPOINT"):
@@ -96,7 +97,7 @@ def test_a_token_is_never_shown(monkeypatch, capsys) -> None:  # type: ignore[no
 
 
 def test_the_report_comes_as_json_too(monkeypatch, capsys) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setattr(diagnosis, "_runtime_problem", lambda: "it does not load")
+    monkeypatch.setattr(diagnosis, "_try_runtime", lambda: (0, "it does not load"))
     assert main(["doctor", "--json"]) == 1
     report = json.loads(capsys.readouterr().out)
     assert report["ok"] is False
@@ -108,3 +109,12 @@ def test_no_linker_is_no_problem(monkeypatch) -> None:  # type: ignore[no-untype
     monkeypatch.setenv("PATH", "")
     assert problems() == []
     assert "chat does without" in value_of("linker")
+
+
+def test_the_runtime_is_tried_for_real(monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.undo()
+    num_threads, problem = diagnosis._try_runtime()
+    assert problem is None
+    assert num_threads >= 1
+    monkeypatch.setattr(diagnosis.sys, "executable", shutil.which("false"))
+    assert "does not load (exit status 1)" in str(diagnosis._try_runtime()[1])
