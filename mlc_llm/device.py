@@ -6,13 +6,13 @@ The one place outside `cli/` that reads the environment of the machine. Imports 
 from __future__ import annotations
 
 import functools
+import importlib
 import math
 import os
 import platform
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from mlc_llm.errors import DeviceError, OptionError
 
@@ -150,12 +150,13 @@ def host_cpu() -> HostCPU:
 
 def _cpu_features() -> dict[str, bool]:
     # NumPy has already asked the CPU on every platform that it supports.
-    try:
-        from numpy._core import _multiarray_umath as umath
-    except ImportError:
-        from numpy.core import _multiarray_umath as umath  # type: ignore[no-redef]
-    features: Any = getattr(umath, "__cpu_features__", {})
-    return dict(features)
+    for name in ("numpy._core._multiarray_umath", "numpy.core._multiarray_umath"):
+        try:
+            module = importlib.import_module(name)
+        except ImportError:
+            continue
+        return dict(getattr(module, "__cpu_features__", {}))
+    return {}
 
 
 def _proc_flags() -> frozenset[str]:

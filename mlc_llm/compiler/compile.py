@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import shutil
 from collections.abc import Callable, Mapping
@@ -206,5 +205,3 @@ def _stage_errors(stage: str) -> Any:
             f"the compiler failed in {stage}: {summary}; please report this with the model's "
             "mlc-chat-config.json and the output of `mlc_llm doctor`"
         ) from error
-
-

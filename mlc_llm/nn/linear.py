@@ -76,9 +76,7 @@ class GroupQuantizedEmbedding(nn.Module):
     def forward(self, ids: nn.Tensor) -> nn.Tensor:
         """Return (n, hidden) float32 for ids (n) int32."""
         packed = ops.pack_group(self.q_weight, self.q_scale, self.form)
-        return ops.group_embed_packed(
-            ids, packed, self.num_embeddings, self.features, self.form
-        )
+        return ops.group_embed_packed(ids, packed, self.num_embeddings, self.features, self.form)
 
     def logits(self, x: nn.Tensor) -> nn.Tensor:
         """Return (n, vocab) float32: products with every row of the table."""

@@ -14,6 +14,7 @@ from mlc_llm.kernels.cpu import attention as attention_kernels
 from mlc_llm.kernels.cpu import elementwise, group_linear, linear, rope
 from mlc_llm.kernels.cpu.attention import AttentionShape
 from mlc_llm.kernels.cpu.group_linear import GroupFormat
+from mlc_llm.kernels.cpu.vector_math import LANES
 
 _kernel = functools.lru_cache(maxsize=None)(lambda factory, *args: factory(*args))
 
@@ -60,9 +61,7 @@ def linear_packed(
 ) -> nn.Tensor:
     """Return x · weightᵀ (+ bias); x (n, in) float32."""
     n, in_features = x.shape
-    kernel = _kernel(
-        linear.matmul, out_features, int(in_features), packed.dtype, bias is not None
-    )
+    kernel = _kernel(linear.matmul, out_features, int(in_features), packed.dtype, bias is not None)
     args = [x, packed] if bias is None else [x, packed, bias]
     return _emit("linear", kernel, args, [n, out_features])
 
@@ -82,10 +81,8 @@ def pack_group(
     for name, array in (("pack_words", q_weight), ("pack_scales", q_scale)):
         first, second = (int(extent) for extent in array.shape)
         rows, columns = (second, first) if form.is_transposed else (first, second)
-        kernel = _kernel(
-            group_linear.interleave, rows, columns, array.dtype, form.is_transposed
-        )
-        shape = [linear.num_blocks(rows), columns, linear.LANES]
+        kernel = _kernel(group_linear.interleave, rows, columns, array.dtype, form.is_transposed)
+        shape = [linear.num_blocks(rows), columns, LANES]
         packed.append(_emit(name, kernel, [array], shape, array.dtype))
     return packed[0], packed[1]
 

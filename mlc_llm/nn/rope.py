@@ -17,7 +17,7 @@ SUPPORTED_SCALINGS = ("default", "linear", "llama3")
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary embedding of a model: base, rotated dimensions, scaling parameters as HF names them."""
+    """A rotary embedding: base, rotated dimensions, scaling parameters as Hugging Face names them."""
 
     base: float
     rotary_dim: int

@@ -24,7 +24,8 @@ def aligned_zeros(shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
     size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     raw = np.zeros(size + ALIGNMENT, np.uint8)
     offset = -raw.ctypes.data % ALIGNMENT
-    return raw[offset : offset + size].view(dtype).reshape(shape)
+    array: NDArray[Any] = raw[offset : offset + size].view(dtype).reshape(shape)
+    return array
 
 
 def as_aligned(array: NDArray[Any]) -> NDArray[Any]:

@@ -83,10 +83,10 @@ def _pack(artifact: Path, library: Library) -> list[NDArray[Any]]:
 
 def _write_packed(path: Path, arrays: list[NDArray[Any]]) -> bool:
     """Write arrays to a cache file, whole or not at all; False where that is not possible."""
-    records = []
+    records: list[tuple[list[int], str, int]] = []
     offset = _HEADER_BYTES
     for array in arrays:
-        records.append([list(array.shape), array.dtype.name, offset])
+        records.append((list(array.shape), array.dtype.name, offset))
         offset += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
     header = json.dumps({"format": _FORMAT, "size": offset, "arrays": records}).encode()
     if len(header) >= _HEADER_BYTES:
@@ -97,7 +97,7 @@ def _write_packed(path: Path, arrays: list[NDArray[Any]]) -> bool:
             stream.write(header.ljust(_HEADER_BYTES))
             for array, (_, _, start) in zip(arrays, records, strict=True):
                 stream.seek(start)
-                stream.write(memoryview(array.reshape(-1).view(np.uint8)))
+                stream.write(array.reshape(-1).view(np.uint8).data)
             stream.truncate(offset)
         os.replace(temporary, path)
     except OSError:

@@ -275,9 +275,10 @@ def paged_attention(shape: AttentionShape) -> Any:
                         place[0] = s
                         place[1] = query_start[s] + place[2] * tile_tokens
                     else:
-                        place[2] = place[2] - (
-                            query_start[s + 1] - query_start[s] + tile_tokens - 1
-                        ) // tile_tokens
+                        place[2] = (
+                            place[2]
+                            - (query_start[s + 1] - query_start[s] + tile_tokens - 1) // tile_tokens
+                        )
             if place[0] >= 0:
                 attend_tile(
                     q,

@@ -240,22 +240,19 @@ def embed(num_embeddings: int, features: int, form: GroupFormat) -> Any:
         out = T.match_buffer(out_handle, (n, features), "float32")
         for t in T.serial(n):
             for k in T.serial(features):
-                out[t, k] = (
+                out[t, k] = T.Cast(
+                    "float32",
                     T.Cast(
-                        "float32",
-                        T.Cast(
-                            "int32",
-                            T.bitwise_and(
-                                T.shift_right(
-                                    words[ids[t] // LANES, k // per_word, ids[t] % LANES],
-                                    T.Cast("uint32", (k % per_word) * bits),
-                                ),
-                                T.uint32(mask),
+                        "int32",
+                        T.bitwise_and(
+                            T.shift_right(
+                                words[ids[t] // LANES, k // per_word, ids[t] % LANES],
+                                T.Cast("uint32", (k % per_word) * bits),
                             ),
-                        )
-                        - zero_point,
+                            T.uint32(mask),
+                        ),
                     )
-                    * T.Cast("float32", scales[ids[t] // LANES, k // group_size, ids[t] % LANES])
-                )
+                    - zero_point,
+                ) * T.Cast("float32", scales[ids[t] // LANES, k // group_size, ids[t] % LANES])
 
     return group_embed_kernel

@@ -75,9 +75,7 @@ def matmul(out_features: int, in_features: int, dtype: str, has_bias: bool) -> A
         store_tile(out, bias, acc, n, b, row, rows, out_features, dtype, has_bias)
 
     @T.macro
-    def all_tiles(
-        x: T.handle, packed: T.handle, bias: T.handle, out: T.handle, n: T.int32
-    ) -> None:
+    def all_tiles(x: T.handle, packed: T.handle, bias: T.handle, out: T.handle, n: T.int32) -> None:
         if n == 1:
             for b in T.parallel(blocks):
                 tile(x, packed, bias, out, n, b, 0, 1)

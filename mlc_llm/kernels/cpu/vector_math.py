@@ -53,8 +53,8 @@ def exp(x: Any, lanes: int = LANES) -> Any:
     for coefficient in _EXP2_COEFFICIENTS[1:]:
         poly = poly * fraction + splat(T.float32(coefficient), lanes)
     exponent = T.Cast(lane_dtype("int32", lanes), whole) + splat(T.int32(127), lanes)
-    scale = T.reinterpret(lane_dtype("float32", lanes), T.shift_left(exponent, splat(T.int32(23), lanes)))
-    return poly * scale
+    bits = T.shift_left(exponent, splat(T.int32(23), lanes))
+    return poly * T.reinterpret(lane_dtype("float32", lanes), bits)
 
 
 def reduce_sum(x: Any, lanes: int = LANES) -> Any:

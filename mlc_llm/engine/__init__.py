@@ -1,0 +1,1 @@
+"""The engine: turns prompts into tokens on a `ModelRunner`."""

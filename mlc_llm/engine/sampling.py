@@ -1,0 +1,133 @@
+"""Sampling: what a user may set, and the choice of one token from one row of logits."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mlc_llm.artifact import ChatConfig
+from mlc_llm.errors import OptionError
+
+# Below this temperature the most likely token is taken.
+GREEDY_TEMPERATURE = 1e-5
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are chosen and when to stop; checked when made. Raises OptionError."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    max_tokens: int | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        _check_range("temperature", self.temperature, 0.0, 100.0)
+        _check_range("top_p", self.top_p, 0.0, 1.0)
+        _check_range("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _check_range("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _check_range("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise OptionError(f"max_tokens must be at least 1, is {self.max_tokens}")
+        if self.seed is not None and self.seed < 0:
+            raise OptionError(f"seed must not be negative, is {self.seed}")
+        if any(not text for text in self.stop):
+            raise OptionError("stop strings must not be empty")
+
+    @classmethod
+    def from_config(cls, config: ChatConfig) -> SamplingParams:
+        """Return the defaults that a model comes with."""
+        return cls(
+            temperature=config.temperature,
+            top_p=config.top_p,
+            frequency_penalty=config.frequency_penalty,
+            presence_penalty=config.presence_penalty,
+            repetition_penalty=config.repetition_penalty,
+        )
+
+    def with_changes(self, **changes: Any) -> SamplingParams:
+        """Return a copy with some fields replaced. Raises OptionError."""
+        return dataclasses.replace(self, **changes)
+
+
+def _check_range(name: str, value: float, low: float, high: float) -> None:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or not low <= value <= high:
+        raise OptionError(f"{name} must be a number from {low:g} to {high:g}, is {value!r}")
+
+
+def sample(
+    logits: NDArray[np.float32],
+    params: SamplingParams,
+    prompt: Sequence[int],
+    generated: Sequence[int],
+    random: np.random.Generator,
+) -> int:
+    """Choose a token from logits (vocab) float32.
+
+    Order: repetition penalty (Keskar et al. 2019) over prompt and output, presence and frequency
+    penalties over the output, temperature, nucleus (Holtzman et al. 2020).
+    """
+    logits = _penalize(logits, params, prompt, generated)
+    if params.temperature < GREEDY_TEMPERATURE or params.top_p == 0.0:
+        return int(np.argmax(logits))
+    scaled = (logits - logits.max()).astype(np.float64) / params.temperature
+    weights = np.exp(scaled)
+    if params.top_p >= 1.0:
+        return _draw(weights, np.arange(len(weights)), random)
+    total = float(weights.sum())
+    order = _nucleus(weights, params.top_p * total)
+    return _draw(weights[order], order, random)
+
+
+def _nucleus(weights: NDArray[np.float64], mass: float) -> NDArray[np.int64]:
+    """Return the fewest tokens, most likely first, whose weights reach `mass`."""
+    count = min(256, len(weights))
+    while True:
+        # A partial sort is enough nearly always; it grows until the mass is reached.
+        top = np.argpartition(weights, -count)[-count:]
+        top = top[np.argsort(-weights[top], kind="stable")]
+        sums = np.cumsum(weights[top])
+        if sums[-1] >= mass or count == len(weights):
+            return top[: int(np.searchsorted(sums, mass)) + 1]
+        count = min(count * 4, len(weights))
+
+
+def _draw(
+    weights: NDArray[np.float64], tokens: NDArray[np.int64], random: np.random.Generator
+) -> int:
+    sums = np.cumsum(weights)
+    place = int(np.searchsorted(sums, random.random() * sums[-1], side="right"))
+    return int(tokens[min(place, len(tokens) - 1)])
+
+
+def _penalize(
+    logits: NDArray[np.float32],
+    params: SamplingParams,
+    prompt: Sequence[int],
+    generated: Sequence[int],
+) -> NDArray[np.float32]:
+    if params.repetition_penalty != 1.0:
+        seen = np.unique(np.asarray([*prompt, *generated], np.int64))
+        logits = logits.copy()
+        picked = logits[seen]
+        factor = np.float32(params.repetition_penalty)
+        logits[seen] = np.where(picked > 0, picked / factor, picked * factor)
+    if generated and (params.presence_penalty or params.frequency_penalty):
+        tokens, counts = np.unique(np.asarray(generated, np.int64), return_counts=True)
+        logits = logits.copy()
+        logits[tokens] -= np.float32(params.presence_penalty) + counts.astype(
+            np.float32
+        ) * np.float32(params.frequency_penalty)
+    return logits
