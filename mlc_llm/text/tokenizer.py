@@ -137,9 +137,9 @@ class Tokenizer:
         """Return a stream that turns ids into text one at a time."""
         return TokenStream(self, skip_special_tokens)
 
-    def save(self, path: Path) -> None:
-        """Write the tokenizer as one tokenizer.json."""
-        self._inner.save(str(path), pretty=False)
+    def to_json(self) -> str:
+        """Return the tokenizer as the text of one tokenizer.json."""
+        return str(self._inner.to_str())
 
 
 class TokenStream:
