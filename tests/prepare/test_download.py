@@ -167,6 +167,24 @@ def test_resumes_in_a_later_process(
     assert progress.stages[-1].done == progress.stages[-1].total
 
 
+def test_interrupt_keeps_what_arrived(
+    hub: LocalHub, home: CacheHome, progress: RecordedProgress
+) -> None:
+    class Interrupted(RecordedProgress):
+        def advance(self, n: int) -> None:
+            super().advance(n)
+            if self.stages[-1].done > 400_000:
+                raise KeyboardInterrupt
+
+    hub.add("user/model", RAW_MODEL)
+    with pytest.raises(KeyboardInterrupt):
+        Fetcher(home, hub, Interrupted())()
+    hub.requests.clear()
+    assert (Fetcher(home, hub, progress)() / "model.safetensors").read_bytes() == WEIGHTS
+    (request,) = hub.downloads("model.safetensors")
+    assert request.range is not None
+
+
 def test_server_that_ignores_ranges_sends_all_again(
     get: Fetcher, hub: LocalHub, progress: RecordedProgress
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import sys
 import types
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from recorder import RecordedProgress
 from tiny import write_artifact
 
 from mlc_llm.artifact import KVCacheLayout, LibraryMetadata, read_chat_config
-from mlc_llm.errors import CompileError, LibraryError
+from mlc_llm.errors import CompileError, LibraryError, StorageError
 from mlc_llm.prepare import jit
 from mlc_llm.prepare.cache import CacheHome, CachePolicy
 
@@ -216,6 +217,22 @@ def test_failed_compilation_leaves_nothing(
 ) -> None:
     compiler.error = CompileError("stage lower failed")
     with pytest.raises(CompileError):
+        get()
+    assert [path for path in home.library_directory.iterdir() if path.is_dir()] == []
+
+
+def test_disk_that_fills_up_leaves_nothing(
+    get: Callable[..., Path],
+    home: CacheHome,
+    compiler: FakeCompiler,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def save(directory: Path) -> None:
+        (directory / "metadata.json").write_text("{}")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(compiler, "save_objects", save)
+    with pytest.raises(StorageError, match="no space left"):
         get()
     assert [path for path in home.library_directory.iterdir() if path.is_dir()] == []
 
