@@ -6,8 +6,9 @@ import errno
 import hashlib
 import json
 import shutil
-from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hub import LocalHub, commit_of
@@ -304,8 +305,7 @@ def test_damaged_copy_is_mended(get: Fetcher, hub: LocalHub, damage: str) -> Non
 
 
 def test_disk_too_small(get: Fetcher, monkeypatch: pytest.MonkeyPatch) -> None:
-    usage = namedtuple("usage", "total used free")(10, 9, 1)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1))
     with pytest.raises(StorageError, match=r"needs 0\.00 GB.*MLC_LLM_HOME"):
         get()
 
@@ -323,10 +323,10 @@ def test_disk_that_fills_up(get: Fetcher, monkeypatch: pytest.MonkeyPatch) -> No
         def write(self, data: bytes) -> int:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    def opened(path: Path, *args: object, **kwargs: object) -> object:
+    def opened(path: Path, *args: Any, **kwargs: Any) -> Any:
         if path.suffix == ".partial" and path.name.startswith("model.safetensors"):
             return FullFile()
-        return original(path, *args, **kwargs)  # type: ignore[arg-type, call-overload]
+        return original(path, *args, **kwargs)
 
     monkeypatch.setattr(Path, "open", opened)
     with pytest.raises(StorageError, match="no space left"):

@@ -23,6 +23,7 @@ from mlc_llm.prepare.resolve import (
     read_compile_config,
     write_chat_config_for,
 )
+from mlc_llm.runtime.library import load_library
 
 pytestmark = pytest.mark.cpu
 
@@ -82,6 +83,25 @@ def test_directory_becomes_artifact_and_library(
     assert converting.done == converting.total
     assert compiling.name == "Compiling llama q0f32"
     assert converting.is_finished and compiling.is_finished
+
+
+def test_compiling_needs_no_program(
+    raw_model: Path,
+    home: CacheHome,
+    progress: RecordedProgress,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    library = prepare_library(
+        prepare(raw_model, home, progress),
+        device="auto",
+        opt="O0",
+        overrides={},
+        home=home,
+        jit_policy=CachePolicy.ON,
+        progress=progress,
+    )
+    assert load_library(library).metadata.model_type == "llama"
 
 
 def test_repository_becomes_the_same_artifact(
