@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from make_checkpoint import Model
 from safetensors.numpy import save_file
 
 
@@ -23,3 +24,15 @@ def hf_dir(tmp_path, tensors):
     (directory / "config.json").write_text(json.dumps({"model_type": "llama"}))
     save_file(tensors, directory / "model.safetensors")
     return directory
+
+
+@pytest.fixture
+def model(tmp_path):
+    """Return a checkpoint together with a plan for it."""
+    return Model(tmp_path / "hf")
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    """Make shards hold two of the model's matrices."""
+    monkeypatch.setattr("mlc_llm.weights.shards.SHARD_LIMIT_BYTES", 5000)
