@@ -23,6 +23,7 @@ from mlc_llm.artifact import (
 from mlc_llm.compiler.pipeline import PACK_FUNCTION, phases, temporary_bytes
 from mlc_llm.compiler.target import describe_target
 from mlc_llm.errors import CompileError, LinkerNotFound
+from mlc_llm.kernels.cpu.isa import find_isa
 from mlc_llm.models.base import CausalLM
 from mlc_llm.models.registry import get_family
 from mlc_llm.quantization.apply import build_quantized
@@ -115,7 +116,10 @@ def compile_model(
     target = tvm.target.Target(described["target"])
 
     progress("export")
-    model = build_quantized(family, model_config, scheme)
+    int8_isa = None
+    if described["activations"] == "int8":
+        int8_isa = find_isa(described["isa"]).name
+    model = build_quantized(family, model_config, scheme, int8_isa)
     with target:
         mod, parameters = model.export_tvm(model.export_spec())
     with _stage_errors("lowering"), target:

@@ -41,7 +41,7 @@ def phases(bounds: Mapping[str, int]) -> list[tuple[str, list[Any]]]:
     ]
 
 
-@tvm.transform.module_pass(opt_level=0, name="LiftPacking")
+@tvm.transform.module_pass(opt_level=0, name="LiftPacking")  # type: ignore[untyped-decorator]
 def lift_packing(mod: tvm.IRModule, _: tvm.transform.PassContext) -> tvm.IRModule:
     """Move what depends on weights alone into `pack_params`: portable tuple -> packed tuple."""
     mod = transform.LiftTransformParams()(mod)
@@ -59,7 +59,7 @@ def lift_packing(mod: tvm.IRModule, _: tvm.transform.PassContext) -> tvm.IRModul
 def bound_sizes(bounds: Mapping[str, int]) -> Any:
     """Return a pass that tells the memory planner the largest symbolic sizes of `forward`."""
 
-    @tvm.transform.module_pass(opt_level=0, name="BoundSizes")
+    @tvm.transform.module_pass(opt_level=0, name="BoundSizes")  # type: ignore[untyped-decorator]
     def attach(mod: tvm.IRModule, _: tvm.transform.PassContext) -> tvm.IRModule:
         forward = mod["forward"].with_attr("tir_var_upper_bound", dict(bounds))
         mod.update_func(mod.get_global_var("forward"), forward)

@@ -10,6 +10,8 @@ from mlc_llm.errors import OptionError
 
 # Optimisation level -> LLVM's. O2 is the default everywhere.
 _LLVM_LEVELS = {"O0": 0, "O1": 1, "O2": 2, "O3": 3}
+# What quantized linears multiply: int8 is faster, float32 keeps activations exact.
+ACTIVATIONS = ("int8", "float32")
 # MLC LLM's switches; they steer CUDA and ROCm kernels only.
 _GPU_SWITCHES = (
     "flashinfer",
@@ -22,33 +24,44 @@ _GPU_SWITCHES = (
 
 
 def describe_target(device: str, opt: str) -> dict[str, Any]:
-    """Return the TVM target and instruction sets that `device` and `opt` stand for.
+    """Return the TVM target, instruction sets and kernel choices for `device` and `opt`.
 
     The same dictionary means the same code, so it is part of cache keys. Raises OptionError or
     DeviceError.
     """
     parse_device(device)
     cpu = host_cpu()
+    level, activations = parse_opt(opt)
     target = {
         "kind": "llvm",
         "mtriple": _triple(cpu.arch),
         "mcpu": cpu.name,
         "mattr": cpu.llvm_features,
-        "opt-level": parse_opt(opt),
+        "opt-level": level,
     }
-    return {"target": target, "isa": [cpu.arch, *cpu.isa]}
+    return {"target": target, "isa": [cpu.arch, *cpu.isa], "activations": activations}
 
 
-def parse_opt(opt: str) -> int:
-    """Return LLVM's optimisation level for `--opt`. Raises OptionError."""
-    if opt in _LLVM_LEVELS:
-        return _LLVM_LEVELS[opt]
-    switches = [part.partition("=")[0].strip() for part in opt.split(";")]
-    if all(name in _GPU_SWITCHES for name in switches):
-        raise OptionError(
-            f"--opt {opt}: {', '.join(switches)} has no effect on cpu; use O0, O1, O2 or O3"
-        )
-    raise OptionError(f"--opt {opt!r} is not known; use one of {', '.join(_LLVM_LEVELS)}")
+def parse_opt(opt: str) -> tuple[int, str]:
+    """Return LLVM's level and the dtype of activations for `--opt`. Raises OptionError.
+
+    Written as a level, `O0` to `O3`, and settings after semicolons: `O2;activations=float32`.
+    """
+    level, activations = "O2", "int8"
+    for part in filter(None, (part.strip() for part in opt.split(";"))):
+        name, _, value = part.partition("=")
+        if part in _LLVM_LEVELS:
+            level = part
+        elif name == "activations" and value in ACTIVATIONS:
+            activations = value
+        elif name in _GPU_SWITCHES:
+            raise OptionError(f"--opt {part}: {name} has no effect on cpu; leave it out")
+        else:
+            raise OptionError(
+                f"--opt {part!r} is not known; use {', '.join(_LLVM_LEVELS)} and "
+                f"activations={'|'.join(ACTIVATIONS)}, as in 'O2;activations=float32'"
+            )
+    return _LLVM_LEVELS[level], activations
 
 
 def _triple(arch: str) -> str:

@@ -40,12 +40,15 @@ class Embedding(nn.Module):
 
 
 class GroupQuantizedLinear(nn.Module):
-    """Linear whose weight is stored as `q_weight` and `q_scale` (interface: group quantization)."""
+    """Linear whose weight is stored as `q_weight` and `q_scale`.
 
-    def __init__(self, linear: Linear, form: GroupFormat) -> None:
+    int8_isa: instruction set of the kernel for int8 activations, None for float32 activations.
+    """
+
+    def __init__(self, linear: Linear, form: GroupFormat, int8_isa: str | None) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.form = form
+        self.form, self.int8_isa = form, int8_isa
         groups = form.num_groups(self.in_features)
         word_shape = (self.out_features, groups * form.words_per_group)
         scale_shape = (self.out_features, groups)
@@ -58,16 +61,18 @@ class GroupQuantizedLinear(nn.Module):
     def forward(self, x: nn.Tensor) -> nn.Tensor:
         """Return (n, out) float32 for x (n, in) float32."""
         packed = ops.pack_group(self.q_weight, self.q_scale, self.form)
-        return ops.group_linear_packed(x, packed, self.bias, self.out_features, self.form)
+        return ops.group_linear_packed(
+            x, packed, self.bias, self.out_features, self.form, self.int8_isa
+        )
 
 
 class GroupQuantizedEmbedding(nn.Module):
     """Embedding whose table is stored as `q_weight` and `q_scale`; never transposed."""
 
-    def __init__(self, table: Embedding, form: GroupFormat) -> None:
+    def __init__(self, table: Embedding, form: GroupFormat, int8_isa: str | None) -> None:
         super().__init__()
         self.num_embeddings, self.features = table.num_embeddings, table.features
-        self.form = form
+        self.form, self.int8_isa = form, int8_isa
         groups = form.num_groups(self.features)
         words = groups * form.words_per_group
         self.q_weight = nn.Parameter((self.num_embeddings, words), "uint32")
@@ -81,4 +86,6 @@ class GroupQuantizedEmbedding(nn.Module):
     def logits(self, x: nn.Tensor) -> nn.Tensor:
         """Return (n, vocab) float32: products with every row of the table."""
         packed = ops.pack_group(self.q_weight, self.q_scale, self.form)
-        return ops.group_linear_packed(x, packed, None, self.num_embeddings, self.form)
+        return ops.group_linear_packed(
+            x, packed, None, self.num_embeddings, self.form, self.int8_isa
+        )

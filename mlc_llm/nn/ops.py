@@ -5,13 +5,15 @@ The one place where a kernel is chosen. Kernels are memoised, so that equal laye
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
 from tvm.relax.frontend import nn
 
+from mlc_llm.kernels.cpu import activations, elementwise, group_linear, int8_linear, linear, rope
 from mlc_llm.kernels.cpu import attention as attention_kernels
-from mlc_llm.kernels.cpu import elementwise, group_linear, linear, rope
+from mlc_llm.kernels.cpu.activations import Int8Shape
 from mlc_llm.kernels.cpu.attention import AttentionShape
 from mlc_llm.kernels.cpu.group_linear import GroupFormat
 from mlc_llm.kernels.cpu.vector_math import LANES
@@ -93,13 +95,33 @@ def group_linear_packed(
     bias: nn.Tensor | None,
     out_features: int,
     form: GroupFormat,
+    int8_isa: str | None,
 ) -> nn.Tensor:
-    """Return x · dequantized(weight)ᵀ (+ bias); x (n, in) float32."""
+    """Return x · dequantized(weight)ᵀ (+ bias); x (n, in) float32.
+
+    int8_isa: the instruction set for int8 activations, or None for float32 ones.
+    """
     n, in_features = x.shape
     bias_dtype = None if bias is None else bias.dtype
-    kernel = _kernel(group_linear.matmul, out_features, int(in_features), form, bias_dtype)
-    args = [x, *packed] if bias is None else [x, *packed, bias]
-    return _emit("group_linear", kernel, args, [n, out_features])
+    extra = [] if bias is None else [bias]
+    if int8_isa is None:
+        kernel = _kernel(group_linear.matmul, out_features, int(in_features), form, bias_dtype)
+        return _emit("group_linear", kernel, [x, *packed, *extra], [n, out_features])
+    shape = Int8Shape(out_features, int(in_features), form, int8_isa)
+    kernel = _kernel(int8_linear.matmul, shape, bias_dtype)
+    args = [*_quantize_activations(x, shape), *packed, *extra]
+    return _emit("int8_linear", kernel, args, [n, out_features])
+
+
+def _quantize_activations(x: nn.Tensor, shape: Int8Shape) -> list[nn.Tensor]:
+    # The kernel depends on the input alone: layers of one width share it.
+    kernel = _kernel(activations.quantize_activations, dataclasses.replace(shape, out_features=1))
+    tiles = (x.shape[0] + activations.TILE - 1) // activations.TILE
+    out = [
+        nn.Tensor.placeholder(extents, dtype)
+        for extents, dtype in activations.activation_shapes(tiles, shape)
+    ]
+    return list(nn.op.tensor_ir_op(kernel, "quantize_activations", [x], out))
 
 
 def group_embed_packed(

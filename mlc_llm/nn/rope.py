@@ -17,7 +17,7 @@ SUPPORTED_SCALINGS = ("default", "linear", "llama3")
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """A rotary embedding: base, rotated dimensions, scaling parameters as Hugging Face names them."""
+    """A rotary embedding: base, rotated dimensions, and HF's scaling parameters."""
 
     base: float
     rotary_dim: int

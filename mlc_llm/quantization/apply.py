@@ -29,12 +29,17 @@ from mlc_llm.quantization.schemes import Scheme
 _FINAL_LAYERS = ("head", "lm_head", "lm_head.linear", "embed_out")
 
 
-def build_quantized(family: Family, config: DecoderConfig, scheme: Scheme) -> CausalLM:
-    """Build a family's module with its layers quantized by `scheme`."""
+def build_quantized(
+    family: Family, config: DecoderConfig, scheme: Scheme, int8_isa: str | None = None
+) -> CausalLM:
+    """Build a family's module with its layers quantized by `scheme`.
+
+    int8_isa: instruction set for kernels with int8 activations; None keeps them float32.
+    """
     model = family.build(config, scheme.dtype)
     if scheme.kind == "group":
         for path, layer in list(_named_modules(model, "")):
-            replacement = _quantized_layer(path, layer, scheme)
+            replacement = _quantized_layer(path, layer, scheme, int8_isa)
             if replacement is not None:
                 _replace(model, path, replacement)
     return model
@@ -91,12 +96,16 @@ def _is_quantized(path: str, layer: nn.Module, scheme: Scheme) -> bool:
     return isinstance(layer, Embedding) and scheme.quantize_embedding
 
 
-def _quantized_layer(path: str, layer: nn.Module, scheme: Scheme) -> nn.Module | None:
+def _quantized_layer(
+    path: str, layer: nn.Module, scheme: Scheme, int8_isa: str | None
+) -> nn.Module | None:
     if not _is_quantized(path, layer, scheme):
         return None
+    # Codes of 3 bits do not fall into bytes; they stay on the float path.
+    isa = int8_isa if scheme.bits in (4, 8) else None
     if isinstance(layer, Linear):
-        return GroupQuantizedLinear(layer, group_format(scheme, is_linear=True))
-    return GroupQuantizedEmbedding(layer, group_format(scheme, is_linear=False))
+        return GroupQuantizedLinear(layer, group_format(scheme, is_linear=True), isa)
+    return GroupQuantizedEmbedding(layer, group_format(scheme, is_linear=False), isa)
 
 
 def _named_modules(module: nn.Module, prefix: str) -> Any:

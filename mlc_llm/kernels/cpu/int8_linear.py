@@ -1,0 +1,335 @@
+"""Linear layers on group-quantized weights with activations quantized to int8.
+
+Weights are 4- or 8-bit codes in the packed layout of `group_linear.py`, activations come from
+`activations.py`. A product of codes is exact, so only their rounding differs from the float path.
+A result depends on its own token alone, whatever the number of tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm.script import tirx as T
+
+from mlc_llm.kernels.cpu.activations import TILE, Int8Shape
+from mlc_llm.kernels.cpu.isa import Isa, get_isa
+from mlc_llm.kernels.cpu.linear import num_blocks
+from mlc_llm.kernels.cpu.vector_math import LANES
+
+# Bytes ahead of use at which weights are fetched (benchmarks/kernels.py, 2-core Zen 5).
+PREFETCH_BYTES = 8192
+# From this many tokens on, weights are unpacked once for all of them.
+GEMM_TOKENS = 17
+
+
+def _codes(word: Any, j: Any, bits: int, lanes: int) -> Any:
+    """Return the quad `j` of each word as four bytes."""
+    if bits == 8:
+        return word
+    shifted = T.shift_right(word, T.broadcast(T.Cast("uint32", 4 * j), lanes))
+    return T.bitwise_and(shifted, T.broadcast(T.uint32(0x0F0F0F0F), lanes))
+
+
+def _dot4(isa: Isa, bits: int) -> Any:
+    return isa.dot4_wide if bits == 8 else isa.dot4_small
+
+
+def matmul(shape: Int8Shape, bias_dtype: str | None) -> Any:
+    """Multiply: quads, scale, start of n tokens, packed words and scales[, bias (out)]
+    -> (n, out) float32.
+    """
+    isa = get_isa(shape.isa)
+    lanes, parts = isa.lanes, LANES // isa.lanes
+    bits, out_features = shape.form.bits, shape.out_features
+    blocks, groups, words, quads = (
+        num_blocks(out_features),
+        shape.groups,
+        shape.words,
+        shape.quads,
+    )
+    per_group, quads_per_word = shape.form.words_per_group, shape.quads_per_word
+    quads_per_group = per_group * quads_per_word
+    scale_dtype, has_bias = shape.form.scale_dtype, bias_dtype is not None
+    store_dtype = bias_dtype or "float32"
+    dot4 = _dot4(isa, bits)
+    vector = f"float32x{lanes}"
+    # Two blocks share a broadcast of activations where registers allow it.
+    wide = 2 if blocks % 2 == 0 and lanes == LANES else 1
+    is_whole = out_features % LANES == 0
+
+    @T.macro
+    def store(
+        bias: T.handle,
+        out: T.handle,
+        acc: T.handle,
+        index: T.int32,
+        row: T.int32,
+        n: T.int32,
+        b: T.int32,
+    ) -> None:
+        if row < n:
+            for p in T.unroll(parts):
+                if is_whole:
+                    if has_bias:
+                        out[row, T.ramp(b * LANES + p * lanes, 1, lanes)] = acc[
+                            index * parts + p, T.ramp(0, 1, lanes)
+                        ] + T.Cast(vector, bias[T.ramp(b * LANES + p * lanes, 1, lanes)])
+                    else:
+                        out[row, T.ramp(b * LANES + p * lanes, 1, lanes)] = acc[
+                            index * parts + p, T.ramp(0, 1, lanes)
+                        ]
+                else:
+                    for v in T.serial(lanes):
+                        if b * LANES + p * lanes + v < out_features:
+                            if has_bias:
+                                out[row, b * LANES + p * lanes + v] = acc[
+                                    index * parts + p, v
+                                ] + T.Cast("float32", bias[b * LANES + p * lanes + v])
+                            else:
+                                out[row, b * LANES + p * lanes + v] = acc[index * parts + p, v]
+
+    @T.macro
+    def add_group(
+        acc: T.handle,
+        total: T.handle,
+        scales: T.handle,
+        scale: T.handle,
+        b: T.int32,
+        g: T.int32,
+        m: T.int32,
+        rows: T.meta_var,
+    ) -> None:
+        for i in T.unroll(rows):
+            for p in T.unroll(parts):
+                acc[i * parts + p, T.ramp(0, 1, lanes)] = acc[
+                    i * parts + p, T.ramp(0, 1, lanes)
+                ] + T.Cast(vector, total[i * parts + p, T.ramp(0, 1, lanes)]) * (
+                    T.Cast(vector, scales[b, g, T.ramp(p * lanes, 1, lanes)])
+                    * T.broadcast(scale[m + i // TILE, g, i % TILE], lanes)
+                )
+
+    @T.macro
+    def stream_block(
+        quad: T.handle,
+        scale: T.handle,
+        start: T.handle,
+        packed: T.handle,
+        scales: T.handle,
+        bias: T.handle,
+        out: T.handle,
+        n: T.int32,
+        b: T.int32,
+        m: T.int32,
+        rows: T.meta_var,
+    ) -> None:
+        """Rows (up to 8) of tokens from tile m on; weights go from memory to registers."""
+        acc = T.alloc_buffer((rows * parts, lanes), "float32")
+        total = T.alloc_buffer((rows * parts, lanes), "int32")
+        odd = T.alloc_buffer((parts, lanes), "int32")
+        for i in T.unroll(rows * parts):
+            acc[i, T.ramp(0, 1, lanes)] = T.broadcast(T.float32(0), lanes)
+        for g in T.serial(groups):
+            for i in T.unroll(rows):
+                for p in T.unroll(parts):
+                    total[i * parts + p, T.ramp(0, 1, lanes)] = T.broadcast(
+                        start[m + i // TILE, g, i % TILE], lanes
+                    )
+            if rows == 1:
+                for p in T.unroll(parts):
+                    odd[p, T.ramp(0, 1, lanes)] = T.broadcast(T.int32(0), lanes)
+            for w in T.unroll(per_group):
+                T.evaluate(
+                    _prefetch(
+                        packed.access_ptr(
+                            "r",
+                            offset=(b * words + g * per_group + w) * LANES + PREFETCH_BYTES // 4,
+                        )
+                    )
+                )
+                for j in T.unroll(quads_per_word):
+                    for i in T.unroll(rows):
+                        for p in T.unroll(parts):
+                            if rows == 1 and (w * quads_per_word + j) % 2 == 1:
+                                # A second chain hides the latency of a single token.
+                                odd[p, T.ramp(0, 1, lanes)] = dot4(
+                                    odd[p, T.ramp(0, 1, lanes)],
+                                    _codes(
+                                        packed[b, g * per_group + w, T.ramp(p * lanes, 1, lanes)],
+                                        j,
+                                        bits,
+                                        lanes,
+                                    ),
+                                    T.broadcast(
+                                        quad[m, ((g * per_group + w) * quads_per_word + j) * TILE],
+                                        lanes,
+                                    ),
+                                )
+                            else:
+                                total[i * parts + p, T.ramp(0, 1, lanes)] = dot4(
+                                    total[i * parts + p, T.ramp(0, 1, lanes)],
+                                    _codes(
+                                        packed[b, g * per_group + w, T.ramp(p * lanes, 1, lanes)],
+                                        j,
+                                        bits,
+                                        lanes,
+                                    ),
+                                    T.broadcast(
+                                        quad[
+                                            m + i // TILE,
+                                            ((g * per_group + w) * quads_per_word + j) * TILE
+                                            + i % TILE,
+                                        ],
+                                        lanes,
+                                    ),
+                                )
+            if rows == 1:
+                for p in T.unroll(parts):
+                    total[p, T.ramp(0, 1, lanes)] = (
+                        total[p, T.ramp(0, 1, lanes)] + odd[p, T.ramp(0, 1, lanes)]
+                    )
+            add_group(acc, total, scales, scale, b, g, m, rows)
+        for i in T.unroll(rows):
+            store(bias, out, acc, i, m * TILE + i, n, b)
+
+    @T.macro
+    def unpacked_blocks(
+        quad: T.handle,
+        scale: T.handle,
+        start: T.handle,
+        packed: T.handle,
+        scales: T.handle,
+        bias: T.handle,
+        out: T.handle,
+        n: T.int32,
+        first: T.int32,
+    ) -> None:
+        """All tokens on `wide` blocks, whose codes are unpacked once into the cache."""
+        codes = T.alloc_buffer((quads, wide, LANES), "uint32")
+        factor = T.alloc_buffer((groups, wide, LANES), "float32")
+        acc = T.alloc_buffer((TILE * wide * parts, lanes), "float32")
+        total = T.alloc_buffer((TILE * wide * parts, lanes), "int32")
+        for r in T.unroll(wide):
+            for w in T.serial(words):
+                for j in T.unroll(quads_per_word):
+                    for p in T.unroll(parts):
+                        codes[w * quads_per_word + j, r, T.ramp(p * lanes, 1, lanes)] = _codes(
+                            packed[first + r, w, T.ramp(p * lanes, 1, lanes)], j, bits, lanes
+                        )
+            for g in T.serial(groups):
+                for p in T.unroll(parts):
+                    factor[g, r, T.ramp(p * lanes, 1, lanes)] = T.Cast(
+                        vector, scales[first + r, g, T.ramp(p * lanes, 1, lanes)]
+                    )
+        for m in T.serial((n + TILE - 1) // TILE):
+            for i in T.unroll(TILE * wide * parts):
+                acc[i, T.ramp(0, 1, lanes)] = T.broadcast(T.float32(0), lanes)
+            for g in T.serial(groups):
+                for i in T.unroll(TILE):
+                    for r in T.unroll(wide * parts):
+                        total[i * wide * parts + r, T.ramp(0, 1, lanes)] = T.broadcast(
+                            start[m, g, i], lanes
+                        )
+                for q in T.unroll(quads_per_group):
+                    for i in T.unroll(TILE):
+                        for r in T.unroll(wide):
+                            for p in T.unroll(parts):
+                                total[(i * wide + r) * parts + p, T.ramp(0, 1, lanes)] = dot4(
+                                    total[(i * wide + r) * parts + p, T.ramp(0, 1, lanes)],
+                                    codes[g * quads_per_group + q, r, T.ramp(p * lanes, 1, lanes)],
+                                    T.broadcast(
+                                        quad[m, (g * quads_per_group + q) * TILE + i], lanes
+                                    ),
+                                )
+                for i in T.unroll(TILE):
+                    for r in T.unroll(wide):
+                        for p in T.unroll(parts):
+                            acc[(i * wide + r) * parts + p, T.ramp(0, 1, lanes)] = acc[
+                                (i * wide + r) * parts + p, T.ramp(0, 1, lanes)
+                            ] + T.Cast(
+                                vector, total[(i * wide + r) * parts + p, T.ramp(0, 1, lanes)]
+                            ) * (
+                                factor[g, r, T.ramp(p * lanes, 1, lanes)]
+                                * T.broadcast(scale[m, g, i], lanes)
+                            )
+            for i in T.unroll(TILE):
+                for r in T.unroll(wide):
+                    store(bias, out, acc, i * wide + r, m * TILE + i, n, first + r)
+
+    @T.macro
+    def all_blocks(
+        quad: T.handle,
+        scale: T.handle,
+        start: T.handle,
+        packed: T.handle,
+        scales: T.handle,
+        bias: T.handle,
+        out: T.handle,
+        n: T.int32,
+    ) -> None:
+        if n == 1:
+            for b in T.parallel(blocks):
+                stream_block(quad, scale, start, packed, scales, bias, out, n, b, 0, 1)
+        elif n <= 2:
+            for b in T.parallel(blocks):
+                stream_block(quad, scale, start, packed, scales, bias, out, n, b, 0, 2)
+        elif n <= TILE:
+            for b in T.parallel(blocks):
+                stream_block(quad, scale, start, packed, scales, bias, out, n, b, 0, TILE)
+        elif n < GEMM_TOKENS:
+            for b in T.parallel(blocks):
+                for m in T.serial((n + TILE - 1) // TILE):
+                    stream_block(quad, scale, start, packed, scales, bias, out, n, b, m, TILE)
+        else:
+            for b in T.parallel(blocks // wide):
+                unpacked_blocks(quad, scale, start, packed, scales, bias, out, n, b * wide)
+
+    word_shape = (blocks, words, LANES)
+    scale_shape = (blocks, groups, LANES)
+
+    if has_bias:
+
+        @T.prim_func(private=True, s_tir=True)
+        def int8_matmul_bias_kernel(
+            quad_handle: T.handle,
+            scale_handle: T.handle,
+            start_handle: T.handle,
+            packed: T.Buffer(word_shape, "uint32"),
+            scales: T.Buffer(scale_shape, scale_dtype),
+            bias: T.Buffer((out_features,), store_dtype),
+            out_handle: T.handle,
+        ) -> None:
+            T.func_attr({"tirx.noalias": True})
+            n = T.int32()
+            tiles = T.int32()
+            quad = T.match_buffer(quad_handle, (tiles, quads * TILE), "int32")
+            scale = T.match_buffer(scale_handle, (tiles, groups, TILE), "float32")
+            start = T.match_buffer(start_handle, (tiles, groups, TILE), "int32")
+            out = T.match_buffer(out_handle, (n, out_features), "float32")
+            all_blocks(quad, scale, start, packed, scales, bias, out, n)
+
+        return int8_matmul_bias_kernel
+
+    @T.prim_func(private=True, s_tir=True)
+    def int8_matmul_kernel(
+        quad_handle: T.handle,
+        scale_handle: T.handle,
+        start_handle: T.handle,
+        packed: T.Buffer(word_shape, "uint32"),
+        scales: T.Buffer(scale_shape, scale_dtype),
+        out_handle: T.handle,
+    ) -> None:
+        T.func_attr({"tirx.noalias": True})
+        n = T.int32()
+        tiles = T.int32()
+        quad = T.match_buffer(quad_handle, (tiles, quads * TILE), "int32")
+        scale = T.match_buffer(scale_handle, (tiles, groups, TILE), "float32")
+        start = T.match_buffer(start_handle, (tiles, groups, TILE), "int32")
+        out = T.match_buffer(out_handle, (n, out_features), "float32")
+        all_blocks(quad, scale, start, packed, scales, scales, out, n)
+
+    return int8_matmul_kernel
+
+
+def _prefetch(pointer: Any) -> Any:
+    intrinsic = T.llvm_lookup_intrinsic_id("llvm.prefetch.p0")
+    return T.call_llvm_intrin(intrinsic, pointer, T.int32(0), T.int32(3), T.int32(1), dtype="void")
