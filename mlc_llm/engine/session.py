@@ -69,16 +69,19 @@ class ChatSession:
         the errors of the artifact, the library and the device, and OptionError.
         """
         from mlc_llm.runtime.model import CompiledRunner
+        from mlc_llm.runtime.parameters import load_parameters
 
         parse_device(device)
         config = read_chat_config(artifact)
         tokenizer = Tokenizer.load(artifact)
         prompts = PromptBuilder.load(artifact, config, tokenizer)
         prompts.start()
-        metadata = load_library(library).metadata
+        loaded = load_library(library)
+        metadata = loaded.metadata
         check_library(metadata, config, overrides or {}, str(library))
         num_pages = -(-metadata.context_window_size // metadata.kv_cache.page_size)
-        runner = CompiledRunner(artifact, library, num_pages, progress)
+        parameters = load_parameters(artifact, loaded, progress)
+        runner = CompiledRunner(loaded, parameters, num_pages)
         return cls(config, tokenizer, prompts, runner)
 
     @property

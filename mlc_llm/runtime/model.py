@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mlc_llm.artifact import LibraryMetadata, numpy_dtype
-from mlc_llm.runtime.library import load_library
+from mlc_llm.runtime.library import Library
 from mlc_llm.runtime.memory import aligned_zeros, as_array, as_tensor
-from mlc_llm.runtime.parameters import load_parameters
 from mlc_llm.runtime.runner import Step
 
 
@@ -20,18 +18,13 @@ class CompiledRunner:
     """Owns a library's virtual machine, its parameters and KV pages."""
 
     def __init__(
-        self, artifact: Path, library: Path, num_pages: int, progress: Callable[[str], None]
+        self, library: Library, parameters: Sequence[NDArray[Any]], num_pages: int
     ) -> None:
-        """Load a library and the weights of an artifact.
-
-        Raises ModelNotFound, CorruptFile, LibraryError, LibraryMismatch or ParameterMismatch.
-        """
-        loaded = load_library(library)
+        """Take packed parameters (see parameters.py), which are used in place."""
         import tvm_ffi
 
-        self._metadata = loaded.metadata
+        self._metadata = library.metadata
         self._num_pages = num_pages
-        parameters = load_parameters(artifact, loaded, progress)
         self._parameters = tvm_ffi.Array([as_tensor(array) for array in parameters])
         layout = self._metadata.kv_cache
         # Zeros are not touched here: memory is taken page by page as the context grows.
@@ -40,7 +33,7 @@ class CompiledRunner:
             for _ in range(layout.num_layers)
         ]
         self._pages = tvm_ffi.Array([as_tensor(array) for array in pages])
-        self._forward: Any = loaded.open_machine()["forward"]
+        self._forward: Any = library.open_machine()["forward"]
 
     @property
     def metadata(self) -> LibraryMetadata:
@@ -66,6 +59,11 @@ class CompiledRunner:
         inputs = [as_tensor(_aligned_int32(array)) for array in arrays]
         logits = self._forward(*inputs, self._pages, self._parameters)[0]
         return as_array(logits)
+
+    def touch_pages(self) -> None:
+        """Write zeros to all pages: memory that was never written costs nothing to read."""
+        for page in self._pages:
+            as_array(page)[...] = 0
 
     def close(self) -> None:
         """Free the model's memory; the runner cannot be used afterwards."""

@@ -10,7 +10,7 @@ import hashlib
 import json
 import mmap
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -69,15 +69,21 @@ def _cache_path(artifact: Path, library: Library) -> Path | None:
 def _pack(artifact: Path, library: Library) -> list[NDArray[Any]]:
     index = read_tensor_index(artifact)
     index.check(library.metadata.params, str(artifact))
+    arrays = (index.read(spec.name).view(np.ndarray) for spec in library.metadata.params)
+    return pack_parameters(library, arrays)
+
+
+def pack_parameters(library: Library, portable: Iterable[NDArray[Any]]) -> list[NDArray[Any]]:
+    """Bring parameters as artifacts store them, in the library's order, into its own layout.
+
+    A parameter whose layouts are the same comes back as it is, without a copy.
+    """
     import tvm_ffi
 
-    portable = [
-        as_tensor(as_aligned(index.read(spec.name).view(np.ndarray)))
-        for spec in library.metadata.params
-    ]
+    tensors = [as_tensor(as_aligned(array)) for array in portable]
     # Nothing of this machine's pool is reused, so its memory goes back when the arrays do.
     machine = library.open_machine(is_pooled=False)
-    packed = machine["pack_params"](tvm_ffi.Array(portable))
+    packed = machine["pack_params"](tvm_ffi.Array(tensors))
     return [as_array(tensor) for tensor in packed]
 
 
