@@ -27,6 +27,11 @@ from mlc_llm.errors import ModelNotFound, OptionError
 if TYPE_CHECKING:
     from mlc_llm.engine.session import ChatSession
 
+# So small a model, quantized twice, is at a loss without being told what to do: its first word is
+# nearly a draw between languages. It also rambles when sampled freely, and may repeat itself.
+_DEMO_SYSTEM = "You answer questions in English, briefly and correctly."
+_DEMO_SAMPLING = {"temperature": 0.0, "frequency_penalty": 0.3, "max_tokens": 512}
+
 
 def chat(
     model: Annotated[
@@ -90,12 +95,16 @@ def chat(
     question = _read_question(prompt)
     if system is not None:
         require_text("--system", system)
-    sampling = {
+    elif model is None:
+        system = _DEMO_SYSTEM
+    given = {
         "max_tokens": max_tokens,
         "temperature": temperature,
         "top_p": top_p,
         "seed": seed,
     }
+    sampling = {} if model is not None else dict(_DEMO_SAMPLING)
+    sampling.update({key: value for key, value in given.items() if value is not None})
     if model_lib is not None and not model_lib.exists():
         raise ModelNotFound(f"--model-lib {model_lib} does not exist; make it with mlc_llm compile")
     with closing(
@@ -103,7 +112,7 @@ def chat(
             model, quantization, device=device, library=model_lib, opt=level, overrides=values
         )
     ) as session:
-        _talk(session, question, system, {k: v for k, v in sampling.items() if v is not None})
+        _talk(session, question, system, sampling)
 
 
 def _optimization_level(flag: str | None, override: str | None, library: Path | None) -> str:
@@ -167,7 +176,7 @@ def _open_session(
         from mlc_llm.engine.session import ChatSession
 
         return ChatSession.open(
-            artifact, library, device=device, overrides=overrides, progress=progress
+            artifact, library, device=device, overrides=overrides, progress=progress.message
         )
 
 

@@ -83,7 +83,8 @@ class Dialogue:
         limit = self.params.max_tokens
         if limit is not None and last.completion_tokens >= limit:
             return f"the answer was cut after {limit:,} tokens; a higher max_tokens allows more"
-        return "the answer was cut because the context window is full; /reset starts a new chat"
+        size = self.session.context_window_size
+        return f"the answer was cut because the context window of {size:,} tokens is full"
 
 
 def _num_dropped(num_messages: int) -> int:

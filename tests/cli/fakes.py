@@ -40,6 +40,7 @@ class FakeSession:
 
     def __init__(self, answers: Sequence[Sequence[str | BaseException]], max_chars: int = 10**6):
         self.config = CONFIG
+        self.context_window_size = CONFIG.context_window_size
         self.last: FakeStats | None = None
         self.finish_reason = "stop"
         self.max_chars = max_chars

@@ -78,6 +78,15 @@ def test_no_model_is_left_to_prepare(chat: Chat) -> None:
     assert chat.run("--prompt", "hi") == 0
     assert chat.calls["artifact"]["model"] is None
     assert chat.calls["artifact"]["quantization"] is None
+    params = chat.session.params[0]
+    assert (params.temperature, params.frequency_penalty, params.max_tokens) == (0, 0.3, 512)
+    assert chat.session.prompts[0][0]["role"] == "system"
+
+
+def test_a_named_model_keeps_its_own_sampling_settings(chat: Chat) -> None:
+    assert chat.run("model", "--prompt", "hi") == 0
+    params = chat.session.params[0]
+    assert (params.temperature, params.top_p, params.max_tokens) == (1.0, 1.0, None)
 
 
 def test_options_reach_their_places(chat: Chat) -> None:

@@ -99,7 +99,7 @@ def test_a_cut_answer_is_explained() -> None:
     assert dialogue.note_on_ending() is None
     session.finish_reason = "length"
     ask(dialogue, "2")
-    assert "context window is full" in str(dialogue.note_on_ending())
+    assert "context window of 64 tokens is full" in str(dialogue.note_on_ending())
     dialogue.params = FakeParams(max_tokens=3)  # type: ignore[assignment]
     ask(dialogue, "3")
     assert "cut after 3 tokens" in str(dialogue.note_on_ending())
