@@ -14,6 +14,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mlc_llm.cli.open_model import (
+    ModelArgument,
+    ModelLibOption,
+    OptOption,
+    OverridesOption,
+    SourceQuantizationOption,
+    ThreadsOption,
+    find_artifact,
+    find_library,
+    optimization_level,
+    require_library,
+    use_threads,
+)
 from mlc_llm.cli.options import (
     CHAT_OVERRIDES,
     DeviceOption,
@@ -22,7 +35,7 @@ from mlc_llm.cli.options import (
     require_text,
 )
 from mlc_llm.cli.progress import show_progress
-from mlc_llm.errors import ModelNotFound, OptionError
+from mlc_llm.errors import OptionError
 
 if TYPE_CHECKING:
     from mlc_llm.engine.session import ChatSession
@@ -34,41 +47,13 @@ _DEMO_SAMPLING = {"temperature": 0.0, "frequency_penalty": 0.3, "max_tokens": 51
 
 
 def chat(
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="MODEL",
-            help="Artifact or Hugging Face directory, .gguf file, or HF://user/repo[@revision]; "
-            "the demo model if left out.",
-            show_default=False,
-        ),
-    ] = None,
+    model: ModelArgument = None,
     device: DeviceOption = "auto",
-    model_lib: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", help="Library made by `compile`, used instead of compiling on the fly."
-        ),
-    ] = None,
-    overrides: Annotated[
-        str,
-        typer.Option(
-            metavar="K=V;K=V",
-            help=f"Change the model's limits: {', '.join(CHAT_OVERRIDES)}.",
-            show_default=False,
-        ),
-    ] = "",
-    quantization: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="Quantization for a model that is not converted yet "
-            "(q4f16_1 if left out, q8f16_1 for the demo model).",
-        ),
-    ] = None,
-    opt: Annotated[
-        str | None, typer.Option(metavar="O0..O3", help="Optimization level (O2 if left out).")
-    ] = None,
+    model_lib: ModelLibOption = None,
+    overrides: OverridesOption = "",
+    quantization: SourceQuantizationOption = None,
+    opt: OptOption = None,
+    threads: ThreadsOption = None,
     prompt: Annotated[
         str | None,
         typer.Option(metavar="TEXT", help="Answer this once and leave. Piped input does the same."),
@@ -91,7 +76,7 @@ def chat(
 ) -> None:
     """Talk to a model, made ready first where needed."""
     values = parse_overrides(overrides, CHAT_OVERRIDES)
-    level = _optimization_level(opt, values.pop("opt", None), model_lib)
+    level = optimization_level(opt, values.pop("opt", None), model_lib)
     question = _read_question(prompt)
     if system is not None:
         require_text("--system", system)
@@ -105,23 +90,14 @@ def chat(
     }
     sampling = {} if model is not None else dict(_DEMO_SAMPLING)
     sampling.update({key: value for key, value in given.items() if value is not None})
-    if model_lib is not None and not model_lib.exists():
-        raise ModelNotFound(f"--model-lib {model_lib} does not exist; make it with mlc_llm compile")
+    require_library(model_lib)
+    use_threads(threads)
     with closing(
         _open_session(
             model, quantization, device=device, library=model_lib, opt=level, overrides=values
         )
     ) as session:
         _talk(session, question, system, sampling)
-
-
-def _optimization_level(flag: str | None, override: str | None, library: Path | None) -> str:
-    if flag is not None and override is not None:
-        raise OptionError("the optimization level is given by --opt and by --overrides; use one")
-    level = flag or override
-    if level is not None and library is not None:
-        raise OptionError("--opt has no effect on the finished library of --model-lib; use one")
-    return level or "O2"
 
 
 def _read_question(prompt: str | None) -> str | None:
@@ -149,28 +125,16 @@ def _open_session(
     overrides: dict[str, Any],
 ) -> ChatSession:
     """Make what the model lacks and load it."""
-    from mlc_llm.prepare.jit import prepare_library
-    from mlc_llm.prepare.resolve import prepare_artifact
-
     caches = read_caches()
     with show_progress() as progress:
-        artifact = prepare_artifact(
-            model,
-            quantization=quantization,
-            home=caches.home,
-            download_policy=caches.download_policy,
-            jit_policy=caches.jit_policy,
-            progress=progress,
-            access=caches.hub,
-        )
+        artifact = find_artifact(model, quantization, caches, progress)
         if library is None:
-            library = prepare_library(
+            library = find_library(
                 artifact,
                 device=device,
                 opt=opt,
                 overrides=overrides,
-                home=caches.home,
-                jit_policy=caches.jit_policy,
+                caches=caches,
                 progress=progress,
             )
         from mlc_llm.engine.session import ChatSession

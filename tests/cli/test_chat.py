@@ -1,6 +1,7 @@
 """The `chat` command from its options to its answers, on a fake session."""
 
 import io
+import os
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,14 @@ def test_options_reach_their_places(chat: Chat) -> None:
     assert (params.max_tokens, params.temperature, params.top_p, params.seed) == (5, 0, 0.5, 7)
 
 
+def test_threads_are_set_before_the_runtime_is_loaded(
+    chat: Chat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TVM_NUM_THREADS", "7")
+    assert chat.run("model", "--threads", "1", "--prompt", "hi") == 0
+    assert os.environ["TVM_NUM_THREADS"] == "1"
+
+
 def test_a_given_library_is_used_and_none_is_made(chat: Chat, tmp_path: Path) -> None:
     library = tmp_path / "lib.so"
     library.touch()
@@ -131,6 +140,8 @@ def test_a_given_library_is_used_and_none_is_made(chat: Chat, tmp_path: Path) ->
         (["m", "--prompt", "x", "--temperature", "nan"], 2, "temperature"),
         (["m", "--prompt", "x", "--top-p", "2"], 2, "top_p"),
         (["m", "--prompt", "x", "--max-tokens", "0"], 2, "max_tokens"),
+        (["m", "--prompt", "x", "--threads", "0"], 2, "0 threads were asked for"),
+        (["m", "--prompt", "x", "--threads", "99999"], 2, "99999 threads were asked for"),
     ],
 )
 def test_mistakes_are_explained(  # type: ignore[no-untyped-def]
