@@ -23,7 +23,6 @@ _LOWER = [
 _PLAN_MEMORY = [transform.StaticPlanBlockMemory()]
 _LOWER_TO_VM = [
     transform.LowerAllocTensor(),
-    transform.KillAfterLastUse(),
     transform.LowerRuntimeBuiltin(),
     transform.ComputePrimValue(),
     transform.VMShapeLower(),

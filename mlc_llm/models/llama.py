@@ -13,6 +13,7 @@ from mlc_llm.models.base import PAGE_SIZE, CausalLM, Family, build_decoder
 from mlc_llm.models.config import DecoderConfig
 from mlc_llm.nn.kv import PagedKV
 from mlc_llm.nn.linear import Linear
+from mlc_llm.nn.ops import Rows
 
 FUSED = {
     "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -62,7 +63,7 @@ class LlamaAttention(nn.Module):
         self.qkv_proj = Linear(config.hidden_size, config.qkv_features, dtype, bias)
         self.o_proj = Linear(width, config.hidden_size, dtype, bias)
 
-    def forward(self, x: nn.Tensor, kv: PagedKV, layer: int) -> nn.Tensor:
+    def forward(self, x: nn.Tensor | Rows, kv: PagedKV, layer: int) -> nn.Tensor:
         """Return (n, hidden) float32."""
         return self.o_proj(kv.attend(layer, self.qkv_proj(x), self.shape))
 

@@ -13,6 +13,7 @@ from mlc_llm.models.config import DecoderConfig
 from mlc_llm.models.llama import FUSED, attention_shape
 from mlc_llm.nn.kv import PagedKV
 from mlc_llm.nn.linear import Linear
+from mlc_llm.nn.ops import Rows
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Qwen2Attention(nn.Module):
         self.c_attn = Linear(config.hidden_size, config.qkv_features, dtype, bias=True)
         self.o_proj = Linear(width, config.hidden_size, dtype)
 
-    def forward(self, x: nn.Tensor, kv: PagedKV, layer: int) -> nn.Tensor:
+    def forward(self, x: nn.Tensor | Rows, kv: PagedKV, layer: int) -> nn.Tensor:
         """Return (n, hidden) float32."""
         return self.o_proj(kv.attend(layer, self.c_attn(x), self.shape))
 

@@ -6,6 +6,7 @@ from tvm.relax.frontend import nn
 
 from mlc_llm.kernels.cpu.group_linear import GroupFormat
 from mlc_llm.nn import ops
+from mlc_llm.nn.ops import Rows
 
 
 class Linear(nn.Module):
@@ -17,7 +18,7 @@ class Linear(nn.Module):
         self.weight = nn.Parameter((out_features, in_features), dtype)
         self.bias = nn.Parameter((out_features,), dtype) if bias else None
 
-    def forward(self, x: nn.Tensor) -> nn.Tensor:
+    def forward(self, x: nn.Tensor | Rows) -> nn.Tensor:
         """Return (n, out) float32 for x (n, in) float32."""
         return ops.linear_packed(x, ops.pack_linear(self.weight), self.bias, self.out_features)
 
@@ -34,7 +35,7 @@ class Embedding(nn.Module):
         """Return (n, hidden) float32 for ids (n) int32."""
         return ops.embed_packed(ids, ops.pack_linear(self.weight), self.num_embeddings)
 
-    def logits(self, x: nn.Tensor) -> nn.Tensor:
+    def logits(self, x: nn.Tensor | Rows) -> nn.Tensor:
         """Return (n, vocab) float32: products with every row of the table."""
         return ops.linear_packed(x, ops.pack_linear(self.weight), None, self.num_embeddings)
 
@@ -58,7 +59,7 @@ class GroupQuantizedLinear(nn.Module):
         self.q_scale = nn.Parameter(scale_shape, form.scale_dtype)
         self.bias = linear.bias
 
-    def forward(self, x: nn.Tensor) -> nn.Tensor:
+    def forward(self, x: nn.Tensor | Rows) -> nn.Tensor:
         """Return (n, out) float32 for x (n, in) float32."""
         packed = ops.pack_group(self.q_weight, self.q_scale, self.form)
         return ops.group_linear_packed(
@@ -83,7 +84,7 @@ class GroupQuantizedEmbedding(nn.Module):
         packed = ops.pack_group(self.q_weight, self.q_scale, self.form)
         return ops.group_embed_packed(ids, packed, self.num_embeddings, self.features, self.form)
 
-    def logits(self, x: nn.Tensor) -> nn.Tensor:
+    def logits(self, x: nn.Tensor | Rows) -> nn.Tensor:
         """Return (n, vocab) float32: products with every row of the table."""
         packed = ops.pack_group(self.q_weight, self.q_scale, self.form)
         return ops.group_linear_packed(

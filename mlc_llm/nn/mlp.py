@@ -6,6 +6,7 @@ from tvm.relax.frontend import nn
 
 from mlc_llm.nn import ops
 from mlc_llm.nn.linear import Linear
+from mlc_llm.nn.ops import Rows
 
 
 class GatedMLP(nn.Module):
@@ -16,6 +17,6 @@ class GatedMLP(nn.Module):
         self.gate_up_proj = Linear(hidden_size, 2 * intermediate_size, dtype, bias)
         self.down_proj = Linear(intermediate_size, hidden_size, dtype, bias)
 
-    def forward(self, x: nn.Tensor) -> nn.Tensor:
+    def forward(self, x: nn.Tensor | Rows) -> nn.Tensor:
         """Return (n, hidden) float32."""
         return self.down_proj(ops.silu_mul(self.gate_up_proj(x)))

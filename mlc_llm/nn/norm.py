@@ -5,6 +5,7 @@ from __future__ import annotations
 from tvm.relax.frontend import nn
 
 from mlc_llm.nn import ops
+from mlc_llm.nn.ops import Rows
 
 
 class RMSNorm(nn.Module):
@@ -15,6 +16,6 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter((hidden_size,), dtype)
 
-    def forward(self, x: nn.Tensor) -> nn.Tensor:
-        """Return the normalised (n, hidden) float32."""
+    def forward(self, x: nn.Tensor) -> Rows:
+        """Return the normalised (n, hidden) float32, computed where they are used."""
         return ops.rms_norm(x, self.weight, self.eps)

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from tvm.relax.frontend import nn
 
 from mlc_llm.kernels.cpu import activations, elementwise, group_linear, int8_linear, linear, rope
 from mlc_llm.kernels.cpu import attention as attention_kernels
-from mlc_llm.kernels.cpu.activations import Int8Shape
+from mlc_llm.kernels.cpu.activations import Int8Shape, Source
 from mlc_llm.kernels.cpu.attention import AttentionShape
 from mlc_llm.kernels.cpu.group_linear import GroupFormat
 from mlc_llm.kernels.cpu.vector_math import LANES
@@ -26,17 +27,39 @@ def _emit(name: str, kernel: Any, args: list[Any], shape: list[Any], dtype: str 
     return nn.op.tensor_ir_op(kernel, name, args, out)
 
 
-def rms_norm(x: nn.Tensor, weight: nn.Tensor, eps: float) -> nn.Tensor:
+@dataclass(frozen=True)
+class Rows:
+    """Rows that are computed where they are used, so that a quantizer can compute them itself.
+
+    kind and inputs are those of `activations.Source`; the rows are (n, width) float32.
+    """
+
+    kind: Literal["rms_norm", "silu_mul"]
+    inputs: tuple[nn.Tensor, ...]
+    width: int
+    eps: float = 0.0
+
+    def materialize(self) -> nn.Tensor:
+        """Return the rows as a tensor."""
+        if self.kind == "rms_norm":
+            kernel = _kernel(elementwise.rms_norm, self.width, self.inputs[1].dtype, self.eps)
+        else:
+            kernel = _kernel(elementwise.silu_mul, self.width)
+        return _emit(self.kind, kernel, list(self.inputs), [self.inputs[0].shape[0], self.width])
+
+
+def rms_norm(x: nn.Tensor, weight: nn.Tensor, eps: float) -> Rows:
     """Return x / rms(x) * weight; x (n, h) float32."""
-    n, width = x.shape
-    kernel = _kernel(elementwise.rms_norm, int(width), weight.dtype, eps)
-    return _emit("rms_norm", kernel, [x, weight], [n, width])
+    return Rows("rms_norm", (x, weight), int(x.shape[1]), eps)
 
 
-def silu_mul(x: nn.Tensor) -> nn.Tensor:
+def silu_mul(x: nn.Tensor) -> Rows:
     """Return silu(gate) * up; x (n, 2 * width) float32 holds [gate; up]."""
-    n, width = x.shape[0], int(x.shape[1]) // 2
-    return _emit("silu_mul", _kernel(elementwise.silu_mul, width), [x], [n, width])
+    return Rows("silu_mul", (x,), int(x.shape[1]) // 2)
+
+
+def _tensor(x: nn.Tensor | Rows) -> nn.Tensor:
+    return x.materialize() if isinstance(x, Rows) else x
 
 
 def add(x: nn.Tensor, y: nn.Tensor) -> nn.Tensor:
@@ -59,9 +82,10 @@ def pack_linear(weight: nn.Tensor) -> nn.Tensor:
 
 
 def linear_packed(
-    x: nn.Tensor, packed: nn.Tensor, bias: nn.Tensor | None, out_features: int
+    x: nn.Tensor | Rows, packed: nn.Tensor, bias: nn.Tensor | None, out_features: int
 ) -> nn.Tensor:
     """Return x · weightᵀ (+ bias); x (n, in) float32."""
+    x = _tensor(x)
     n, in_features = x.shape
     kernel = _kernel(linear.matmul, out_features, int(in_features), packed.dtype, bias is not None)
     args = [x, packed] if bias is None else [x, packed, bias]
@@ -90,7 +114,7 @@ def pack_group(
 
 
 def group_linear_packed(
-    x: nn.Tensor,
+    x: nn.Tensor | Rows,
     packed: tuple[nn.Tensor, nn.Tensor],
     bias: nn.Tensor | None,
     out_features: int,
@@ -101,27 +125,31 @@ def group_linear_packed(
 
     int8_isa: the instruction set for int8 activations, or None for float32 ones.
     """
-    n, in_features = x.shape
     bias_dtype = None if bias is None else bias.dtype
     extra = [] if bias is None else [bias]
     if int8_isa is None:
+        x = _tensor(x)
+        n, in_features = x.shape
         kernel = _kernel(group_linear.matmul, out_features, int(in_features), form, bias_dtype)
         return _emit("group_linear", kernel, [x, *packed, *extra], [n, out_features])
+    n, in_features = (x.inputs[0].shape[0], x.width) if isinstance(x, Rows) else x.shape
     shape = Int8Shape(out_features, int(in_features), form, int8_isa)
     kernel = _kernel(int8_linear.matmul, shape, bias_dtype)
-    args = [*_quantize_activations(x, shape), *packed, *extra]
+    args = [_quantize_activations(x, shape), *packed, *extra]
     return _emit("int8_linear", kernel, args, [n, out_features])
 
 
-def _quantize_activations(x: nn.Tensor, shape: Int8Shape) -> list[nn.Tensor]:
+def _quantize_activations(x: nn.Tensor | Rows, shape: Int8Shape) -> nn.Tensor:
+    source, inputs = Source(), (x,)
+    if isinstance(x, Rows):
+        weight_dtype = x.inputs[1].dtype if x.kind == "rms_norm" else "float32"
+        source, inputs = Source(x.kind, weight_dtype, x.eps), x.inputs
     # The kernel depends on the input alone: layers of one width share it.
-    kernel = _kernel(activations.quantize_activations, dataclasses.replace(shape, out_features=1))
-    tiles = (x.shape[0] + activations.TILE - 1) // activations.TILE
-    out = [
-        nn.Tensor.placeholder(extents, dtype)
-        for extents, dtype in activations.activation_shapes(tiles, shape)
-    ]
-    return list(nn.op.tensor_ir_op(kernel, "quantize_activations", [x], out))
+    any_output = dataclasses.replace(shape, out_features=1)
+    kernel = _kernel(activations.quantize_activations, any_output, source)
+    tiles = (inputs[0].shape[0] + activations.TILE - 1) // activations.TILE
+    name = "quantize" if source.kind == "plain" else f"{source.kind}_quantize"
+    return _emit(name, kernel, list(inputs), [tiles, shape.width * activations.TILE], "int32")
 
 
 def group_embed_packed(

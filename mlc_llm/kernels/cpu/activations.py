@@ -1,20 +1,28 @@
 """Activations quantized to int8, in the order in which the codes of packed weights meet them.
 
-Quantized activations come in tiles of 4 tokens: quads (tiles, quads * 4) int32 of four int8
-each, quad q of token t at q * 4 + t % 4; scale (tiles, groups, 4) float32; start (tiles, groups,
-4) int32, what a group's sum of products begins with: -code_offset * sum of its int8 activations.
+Quantized activations are one int32 array (tiles, width * 4) of tiles of 4 tokens; entry e of token
+t is at e * 4 + t % 4. First come quads, four int8 each; then a float32 scale for each group; then
+for each group what its sum of products begins with: -code_offset * the sum of its int8 values.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from tvm.script import tirx as T
 
+from mlc_llm.kernels.cpu.elementwise import rms_factor
 from mlc_llm.kernels.cpu.group_linear import GroupFormat
 from mlc_llm.kernels.cpu.isa import get_isa
-from mlc_llm.kernels.cpu.vector_math import reduce_max, splat, vector_lanes
+from mlc_llm.kernels.cpu.vector_math import (
+    lane_dtype,
+    reduce_max,
+    silu,
+    span,
+    splat,
+    vector_lanes,
+)
 
 TILE = 4
 
@@ -49,23 +57,42 @@ class Int8Shape:
         return self.words * self.quads_per_word
 
     @property
+    def scale_at(self) -> int:
+        """Return the first entry of scales in quantized activations."""
+        return self.quads
+
+    @property
+    def start_at(self) -> int:
+        """Return the first entry of what sums begin with."""
+        return self.quads + self.groups
+
+    @property
+    def width(self) -> int:
+        """Return the entries a token takes in quantized activations."""
+        return self.quads + 2 * self.groups
+
+    @property
     def code_offset(self) -> int:
         """Return what a code minus this is the weight in units of the scale."""
         isa = get_isa(self.isa)
         return self.form.zero_point - (isa.wide_offset if self.form.bits == 8 else 0)
 
 
-def activation_shapes(tiles: Any, shape: Int8Shape) -> list[tuple[list[Any], str]]:
-    """Return shapes and dtypes of quads, scale and start."""
-    return [
-        ([tiles, shape.quads * TILE], "int32"),
-        ([tiles, shape.groups, TILE], "float32"),
-        ([tiles, shape.groups, TILE], "int32"),
-    ]
+@dataclass(frozen=True)
+class Source:
+    """Where the values to quantize come from; what is computed on the way needs no memory.
+
+    "plain": x (n, in). "rms_norm": x (n, in) and its weight (in), see `elementwise.rms_norm`.
+    "silu_mul": x (n, 2 * in), see `elementwise.silu_mul`.
+    """
+
+    kind: Literal["plain", "rms_norm", "silu_mul"] = "plain"
+    weight_dtype: str = "float32"
+    eps: float = 0.0
 
 
-def quantize_activations(shape: Int8Shape) -> Any:
-    """Quantize: x (n, in) float32 -> quads, scale, start (see the module).
+def quantize_activations(shape: Int8Shape, source: Source) -> Any:
+    """Quantize: x float32[, weight] -> (tiles, width * 4) int32 (see the module).
 
     Each group of a token has the scale max|x| / 127. The quad j of a word holds the inputs that
     meet the codes extracted together: for 4 bits every second one, for 8 bits neighbours.
@@ -73,40 +100,65 @@ def quantize_activations(shape: Int8Shape) -> Any:
     features, groups, group_size = shape.in_features, shape.groups, shape.form.group_size
     per_word, quads_per_word = shape.form.values_per_word, shape.quads_per_word
     words_per_group, code_offset = shape.form.words_per_group, shape.code_offset
-    quads = shape.quads
-
+    scale_at, start_at, width = shape.scale_at, shape.start_at, shape.width
+    kind, weight_dtype = source.kind, source.weight_dtype
+    x_width = 2 * features if kind == "silu_mul" else features
     lanes = vector_lanes(group_size)
     vectors = group_size // lanes
-    # Full groups are read in place; the last one may end inside.
+    # The last group may end inside.
     whole_groups = features // group_size
+    rest = features - whole_groups * group_size
+    square = rms_factor(features, source.eps)
 
     @T.macro
-    def one_group(
+    def fill(
         row: T.handle,
-        codes: T.handle,
-        best: T.handle,
-        quad: T.handle,
-        scale: T.handle,
-        start: T.handle,
+        x: T.handle,
+        weight: T.handle,
+        factor: T.handle,
         t: T.int32,
-        g: T.int32,
+        start: T.int32,
+        place: T.int32,
+        count: T.meta_var,
     ) -> None:
+        """Compute `count` values from input `start` on."""
+        if kind == "plain":
+            row[span(place, count)] = x[t, span(start, count)]
+        elif kind == "rms_norm":
+            row[span(place, count)] = (
+                x[t, span(start, count)]
+                * splat(factor[0], count)
+                * T.Cast(lane_dtype("float32", count), weight[span(start, count)])
+            )
+        else:
+            row[span(place, count)] = (
+                silu(x[t, span(start, count)], count) * x[t, span(features + start, count)]
+            )
+
+    @T.macro
+    def quantize_group(row: T.handle, out: T.handle, t: T.int32, g: T.int32) -> None:
+        codes = T.alloc_buffer((group_size,), "int32")
+        best = T.alloc_buffer((lanes,), "float32")
         best[T.ramp(0, 1, lanes)] = splat(T.float32(0), lanes)
         for v in T.unroll(vectors):
             best[T.ramp(0, 1, lanes)] = T.max(
                 best[T.ramp(0, 1, lanes)], T.abs(row[T.ramp(v * lanes, 1, lanes)])
             )
         best[0] = reduce_max(best[T.ramp(0, 1, lanes)], lanes)
-        scale[t // TILE, g, t % TILE] = best[0] * T.float32(1 / 127)
+        out[t // TILE, (scale_at + g) * TILE + t % TILE] = T.reinterpret(
+            "int32", best[0] * T.float32(1 / 127)
+        )
         best[0] = T.Select(best[0] > T.float32(0), T.float32(127) / best[0], T.float32(0))
         for v in T.unroll(vectors):
             codes[T.ramp(v * lanes, 1, lanes)] = T.Cast(
                 f"int32x{lanes}",
                 T.nearbyint(row[T.ramp(v * lanes, 1, lanes)] * splat(best[0], lanes)),
             )
-        start[t // TILE, g, t % TILE] = _sum_codes(codes, lanes, vectors) * (-code_offset)
+        out[t // TILE, (start_at + g) * TILE + t % TILE] = _sum_codes(codes, lanes, vectors) * (
+            -code_offset
+        )
         for j in T.unroll(quads_per_word):
-            quad[
+            out[
                 t // TILE,
                 T.ramp(
                     (g * words_per_group * quads_per_word + j) * TILE + t % TILE,
@@ -116,44 +168,57 @@ def quantize_activations(shape: Int8Shape) -> Any:
             ] = _join_bytes(codes, j, quads_per_word, per_word, words_per_group)
 
     @T.macro
-    def one_token(
-        x: T.handle, quad: T.handle, scale: T.handle, start: T.handle, t: T.int32
-    ) -> None:
+    def one_token(x: T.handle, weight: T.handle, out: T.handle, t: T.int32) -> None:
         row = T.alloc_buffer((group_size,), "float32")
-        codes = T.alloc_buffer((group_size,), "int32")
-        best = T.alloc_buffer((lanes,), "float32")
+        factor = T.alloc_buffer((1,), "float32")
+        if kind == "rms_norm":
+            square(x, factor, t)
         for g in T.serial(whole_groups):
             for v in T.unroll(vectors):
-                row[T.ramp(v * lanes, 1, lanes)] = x[
-                    t, T.ramp(g * group_size + v * lanes, 1, lanes)
-                ]
-            one_group(row, codes, best, quad, scale, start, t, g)
+                fill(row, x, weight, factor, t, g * group_size + v * lanes, v * lanes, lanes)
+            quantize_group(row, out, t, g)
         if whole_groups < groups:
             for k in T.serial(group_size):
                 row[k] = T.float32(0)
-            for k in T.serial(features - whole_groups * group_size):
-                row[k] = x[t, whole_groups * group_size + k]
-            one_group(row, codes, best, quad, scale, start, t, whole_groups)
+            for k in T.serial(rest):
+                fill(row, x, weight, factor, t, whole_groups * group_size + k, k, 1)
+            quantize_group(row, out, t, whole_groups)
+
+    @T.macro
+    def all_tokens(x: T.handle, weight: T.handle, out: T.handle, n: T.int32) -> None:
+        if n < TILE:
+            for t in T.serial(n):
+                one_token(x, weight, out, t)
+        else:
+            for t in T.parallel(n):
+                one_token(x, weight, out, t)
+
+    if kind == "rms_norm":
+
+        @T.prim_func(private=True, s_tir=True)
+        def norm_and_quantize_kernel(
+            x_handle: T.handle, weight_handle: T.handle, out_handle: T.handle
+        ) -> None:
+            T.func_attr({"tirx.noalias": True})
+            n = T.int32()
+            tiles = T.int32()
+            x = T.match_buffer(x_handle, (n, x_width), "float32")
+            weight = T.match_buffer(weight_handle, (features,), weight_dtype)
+            out = T.match_buffer(out_handle, (tiles, width * TILE), "int32")
+            all_tokens(x, weight, out, n)
+
+        return norm_and_quantize_kernel
 
     @T.prim_func(private=True, s_tir=True)
-    def quantize_activations_kernel(
-        x_handle: T.handle, quad_handle: T.handle, scale_handle: T.handle, start_handle: T.handle
-    ) -> None:
+    def quantize_kernel(x_handle: T.handle, out_handle: T.handle) -> None:
         T.func_attr({"tirx.noalias": True})
         n = T.int32()
         tiles = T.int32()
-        x = T.match_buffer(x_handle, (n, features), "float32")
-        quad = T.match_buffer(quad_handle, (tiles, quads * TILE), "int32")
-        scale = T.match_buffer(scale_handle, (tiles, groups, TILE), "float32")
-        start = T.match_buffer(start_handle, (tiles, groups, TILE), "int32")
-        if n < TILE:
-            for t in T.serial(n):
-                one_token(x, quad, scale, start, t)
-        else:
-            for t in T.parallel(n):
-                one_token(x, quad, scale, start, t)
+        x = T.match_buffer(x_handle, (n, x_width), "float32")
+        out = T.match_buffer(out_handle, (tiles, width * TILE), "int32")
+        all_tokens(x, x, out, n)
 
-    return quantize_activations_kernel
+    return quantize_kernel
 
 
 def _sum_codes(codes: Any, lanes: int, vectors: int) -> Any:

@@ -6,10 +6,30 @@ from typing import Any
 
 from tvm.script import tirx as T
 
-from mlc_llm.kernels.cpu.vector_math import exp, lane_dtype, reduce_sum, span, splat, vector_lanes
+from mlc_llm.kernels.cpu.vector_math import lane_dtype, reduce_sum, silu, span, splat, vector_lanes
 
 # Below this many rows a parallel launch costs more than it saves (benchmarks/kernels.py).
 _SERIAL_ROWS = 4
+
+
+def rms_factor(hidden_size: int, eps: float) -> Any:
+    """Return a macro (x, factor, row): factor[0] = 1 / sqrt(mean(x[row]**2) + eps)."""
+    lanes = vector_lanes(hidden_size)
+
+    @T.macro
+    def compute(x: T.handle, factor: T.handle, row: T.int32) -> None:
+        total = T.alloc_buffer((lanes,), "float32")
+        total[span(0, lanes)] = splat(T.float32(0), lanes)
+        for i in T.serial(hidden_size // lanes):
+            total[span(0, lanes)] = (
+                total[span(0, lanes)]
+                + x[row, span(i * lanes, lanes)] * x[row, span(i * lanes, lanes)]
+            )
+        factor[0] = T.float32(1) / T.sqrt(
+            reduce_sum(total[span(0, lanes)], lanes) / T.float32(hidden_size) + T.float32(eps)
+        )
+
+    return compute
 
 
 def rms_norm(hidden_size: int, weight_dtype: str, eps: float) -> Any:
@@ -21,19 +41,12 @@ def rms_norm(hidden_size: int, weight_dtype: str, eps: float) -> Any:
     steps = hidden_size // lanes
     vector = lane_dtype("float32", lanes)
 
+    factor_of = rms_factor(hidden_size, eps)
+
     @T.macro
     def normalise(x: T.handle, weight: T.handle, out: T.handle, row: T.int32) -> None:
-        total = T.alloc_buffer((lanes,), "float32")
-        total[span(0, lanes)] = splat(T.float32(0), lanes)
-        for i in T.serial(steps):
-            total[span(0, lanes)] = (
-                total[span(0, lanes)]
-                + x[row, span(i * lanes, lanes)] * x[row, span(i * lanes, lanes)]
-            )
         factor = T.alloc_buffer((1,), "float32")
-        factor[0] = T.float32(1) / T.sqrt(
-            reduce_sum(total[span(0, lanes)], lanes) / T.float32(hidden_size) + T.float32(eps)
-        )
+        factor_of(x, factor, row)
         for i in T.serial(steps):
             out[row, span(i * lanes, lanes)] = (
                 x[row, span(i * lanes, lanes)]
@@ -66,9 +79,7 @@ def silu_mul(width: int) -> Any:
     def activate(x: T.handle, out: T.handle, row: T.int32) -> None:
         for i in T.serial(width // lanes):
             out[row, span(i * lanes, lanes)] = (
-                x[row, span(i * lanes, lanes)]
-                / (splat(T.float32(1), lanes) + exp(-x[row, span(i * lanes, lanes)], lanes))
-                * x[row, span(width + i * lanes, lanes)]
+                silu(x[row, span(i * lanes, lanes)], lanes) * x[row, span(width + i * lanes, lanes)]
             )
 
     @T.prim_func(private=True, s_tir=True)

@@ -30,12 +30,17 @@ def _codes(word: Any, j: Any, bits: int, lanes: int) -> Any:
     return T.bitwise_and(shifted, T.broadcast(T.uint32(0x0F0F0F0F), lanes))
 
 
+def _scale(stored: Any, lanes: int) -> Any:
+    """Return a float32 scale, stored as int32, in every lane."""
+    return T.broadcast(T.reinterpret("float32", stored), lanes)
+
+
 def _dot4(isa: Isa, bits: int) -> Any:
     return isa.dot4_wide if bits == 8 else isa.dot4_small
 
 
 def matmul(shape: Int8Shape, bias_dtype: str | None) -> Any:
-    """Multiply: quads, scale, start of n tokens, packed words and scales[, bias (out)]
+    """Multiply: quantized activations of n tokens, packed words and scales[, bias (out)]
     -> (n, out) float32.
     """
     isa = get_isa(shape.isa)
@@ -51,6 +56,7 @@ def matmul(shape: Int8Shape, bias_dtype: str | None) -> Any:
     quads_per_group = per_group * quads_per_word
     scale_dtype, has_bias = shape.form.scale_dtype, bias_dtype is not None
     store_dtype = bias_dtype or "float32"
+    scale_at, start_at, width = shape.scale_at, shape.start_at, shape.width
     dot4 = _dot4(isa, bits)
     vector = f"float32x{lanes}"
     # Two blocks share a broadcast of activations where registers allow it.
@@ -93,7 +99,7 @@ def matmul(shape: Int8Shape, bias_dtype: str | None) -> Any:
         acc: T.handle,
         total: T.handle,
         scales: T.handle,
-        scale: T.handle,
+        quad: T.handle,
         b: T.int32,
         g: T.int32,
         m: T.int32,
@@ -105,14 +111,12 @@ def matmul(shape: Int8Shape, bias_dtype: str | None) -> Any:
                     i * parts + p, T.ramp(0, 1, lanes)
                 ] + T.Cast(vector, total[i * parts + p, T.ramp(0, 1, lanes)]) * (
                     T.Cast(vector, scales[b, g, T.ramp(p * lanes, 1, lanes)])
-                    * T.broadcast(scale[m + i // TILE, g, i % TILE], lanes)
+                    * _scale(quad[m + i // TILE, (scale_at + g) * TILE + i % TILE], lanes)
                 )
 
     @T.macro
     def stream_block(
         quad: T.handle,
-        scale: T.handle,
-        start: T.handle,
         packed: T.handle,
         scales: T.handle,
         bias: T.handle,
@@ -132,7 +136,7 @@ def matmul(shape: Int8Shape, bias_dtype: str | None) -> Any:
             for i in T.unroll(rows):
                 for p in T.unroll(parts):
                     total[i * parts + p, T.ramp(0, 1, lanes)] = T.broadcast(
-                        start[m + i // TILE, g, i % TILE], lanes
+                        quad[m + i // TILE, (start_at + g) * TILE + i % TILE], lanes
                     )
             if rows == 1:
                 for p in T.unroll(parts):
@@ -187,15 +191,13 @@ def matmul(shape: Int8Shape, bias_dtype: str | None) -> Any:
                     total[p, T.ramp(0, 1, lanes)] = (
                         total[p, T.ramp(0, 1, lanes)] + odd[p, T.ramp(0, 1, lanes)]
                     )
-            add_group(acc, total, scales, scale, b, g, m, rows)
+            add_group(acc, total, scales, quad, b, g, m, rows)
         for i in T.unroll(rows):
             store(bias, out, acc, i, m * TILE + i, n, b)
 
     @T.macro
     def unpacked_blocks(
         quad: T.handle,
-        scale: T.handle,
-        start: T.handle,
         packed: T.handle,
         scales: T.handle,
         bias: T.handle,
@@ -227,7 +229,7 @@ def matmul(shape: Int8Shape, bias_dtype: str | None) -> Any:
                 for i in T.unroll(TILE):
                     for r in T.unroll(wide * parts):
                         total[i * wide * parts + r, T.ramp(0, 1, lanes)] = T.broadcast(
-                            start[m, g, i], lanes
+                            quad[m, (start_at + g) * TILE + i], lanes
                         )
                 for q in T.unroll(quads_per_group):
                     for i in T.unroll(TILE):
@@ -249,7 +251,7 @@ def matmul(shape: Int8Shape, bias_dtype: str | None) -> Any:
                                 vector, total[(i * wide + r) * parts + p, T.ramp(0, 1, lanes)]
                             ) * (
                                 factor[g, r, T.ramp(p * lanes, 1, lanes)]
-                                * T.broadcast(scale[m, g, i], lanes)
+                                * _scale(quad[m, (scale_at + g) * TILE + i], lanes)
                             )
             for i in T.unroll(TILE):
                 for r in T.unroll(wide):
@@ -258,8 +260,6 @@ def matmul(shape: Int8Shape, bias_dtype: str | None) -> Any:
     @T.macro
     def all_blocks(
         quad: T.handle,
-        scale: T.handle,
-        start: T.handle,
         packed: T.handle,
         scales: T.handle,
         bias: T.handle,
@@ -268,20 +268,20 @@ def matmul(shape: Int8Shape, bias_dtype: str | None) -> Any:
     ) -> None:
         if n == 1:
             for b in T.parallel(blocks):
-                stream_block(quad, scale, start, packed, scales, bias, out, n, b, 0, 1)
+                stream_block(quad, packed, scales, bias, out, n, b, 0, 1)
         elif n <= 2:
             for b in T.parallel(blocks):
-                stream_block(quad, scale, start, packed, scales, bias, out, n, b, 0, 2)
+                stream_block(quad, packed, scales, bias, out, n, b, 0, 2)
         elif n <= TILE:
             for b in T.parallel(blocks):
-                stream_block(quad, scale, start, packed, scales, bias, out, n, b, 0, TILE)
+                stream_block(quad, packed, scales, bias, out, n, b, 0, TILE)
         elif n < GEMM_TOKENS:
             for b in T.parallel(blocks):
                 for m in T.serial((n + TILE - 1) // TILE):
-                    stream_block(quad, scale, start, packed, scales, bias, out, n, b, m, TILE)
+                    stream_block(quad, packed, scales, bias, out, n, b, m, TILE)
         else:
             for b in T.parallel(blocks // wide):
-                unpacked_blocks(quad, scale, start, packed, scales, bias, out, n, b * wide)
+                unpacked_blocks(quad, packed, scales, bias, out, n, b * wide)
 
     word_shape = (blocks, words, LANES)
     scale_shape = (blocks, groups, LANES)
@@ -291,8 +291,6 @@ def matmul(shape: Int8Shape, bias_dtype: str | None) -> Any:
         @T.prim_func(private=True, s_tir=True)
         def int8_matmul_bias_kernel(
             quad_handle: T.handle,
-            scale_handle: T.handle,
-            start_handle: T.handle,
             packed: T.Buffer(word_shape, "uint32"),
             scales: T.Buffer(scale_shape, scale_dtype),
             bias: T.Buffer((out_features,), store_dtype),
@@ -301,19 +299,15 @@ def matmul(shape: Int8Shape, bias_dtype: str | None) -> Any:
             T.func_attr({"tirx.noalias": True})
             n = T.int32()
             tiles = T.int32()
-            quad = T.match_buffer(quad_handle, (tiles, quads * TILE), "int32")
-            scale = T.match_buffer(scale_handle, (tiles, groups, TILE), "float32")
-            start = T.match_buffer(start_handle, (tiles, groups, TILE), "int32")
+            quad = T.match_buffer(quad_handle, (tiles, width * TILE), "int32")
             out = T.match_buffer(out_handle, (n, out_features), "float32")
-            all_blocks(quad, scale, start, packed, scales, bias, out, n)
+            all_blocks(quad, packed, scales, bias, out, n)
 
         return int8_matmul_bias_kernel
 
     @T.prim_func(private=True, s_tir=True)
     def int8_matmul_kernel(
         quad_handle: T.handle,
-        scale_handle: T.handle,
-        start_handle: T.handle,
         packed: T.Buffer(word_shape, "uint32"),
         scales: T.Buffer(scale_shape, scale_dtype),
         out_handle: T.handle,
@@ -321,11 +315,9 @@ def matmul(shape: Int8Shape, bias_dtype: str | None) -> Any:
         T.func_attr({"tirx.noalias": True})
         n = T.int32()
         tiles = T.int32()
-        quad = T.match_buffer(quad_handle, (tiles, quads * TILE), "int32")
-        scale = T.match_buffer(scale_handle, (tiles, groups, TILE), "float32")
-        start = T.match_buffer(start_handle, (tiles, groups, TILE), "int32")
+        quad = T.match_buffer(quad_handle, (tiles, width * TILE), "int32")
         out = T.match_buffer(out_handle, (n, out_features), "float32")
-        all_blocks(quad, scale, start, packed, scales, scales, out, n)
+        all_blocks(quad, packed, scales, scales, out, n)
 
     return int8_matmul_kernel
 

@@ -57,6 +57,11 @@ def exp(x: Any, lanes: int = LANES) -> Any:
     return poly * T.reinterpret(lane_dtype("float32", lanes), bits)
 
 
+def silu(x: Any, lanes: int = LANES) -> Any:
+    """Return x / (1 + e**-x) per lane."""
+    return x / (splat(T.float32(1), lanes) + exp(-x, lanes))
+
+
 def reduce_sum(x: Any, lanes: int = LANES) -> Any:
     """Return the sum of all lanes (order is LLVM's sequential one)."""
     if lanes == 1:
