@@ -13,8 +13,14 @@ from mlc_llm.cli.main import main
 from mlc_llm.errors import DownloadError
 
 
-def test_weights_are_converted(stories260k: Path, tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
-    command = ["convert_weight", str(stories260k), "--quantization", "q0f32", "-o"]
+@pytest.fixture
+def tiny_model() -> Path:
+    """A Llama with two layers, as Hugging Face stores it."""
+    return Path(__file__).resolve().parents[1] / "references" / "llama_gqa"
+
+
+def test_weights_are_converted(tiny_model: Path, tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
+    command = ["convert_weight", str(tiny_model), "--quantization", "q0f32", "-o"]
     assert main([*command, str(tmp_path / "out")]) == 0
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -23,10 +29,10 @@ def test_weights_are_converted(stories260k: Path, tmp_path: Path, capsys) -> Non
 
 
 def test_the_configuration_is_written_with_the_limits_given(  # type: ignore[no-untyped-def]
-    stories260k: Path, tmp_path: Path, capsys
+    tiny_model: Path, tmp_path: Path, capsys
 ) -> None:
     limits = "--context-window-size 128 --prefill-chunk-size 32 --max-batch-size 4"
-    command = ["gen_config", str(stories260k), "--quantization", "q4f16_1", *limits.split()]
+    command = ["gen_config", str(tiny_model), "--quantization", "q4f16_1", *limits.split()]
     assert main([*command, "-o", str(tmp_path)]) == 0
     assert "mlc-chat-config.json" in capsys.readouterr().err
     config = read_chat_config(tmp_path)
@@ -56,9 +62,9 @@ def test_the_configuration_is_written_with_the_limits_given(  # type: ignore[no-
     ],
 )
 def test_mistakes_are_explained(  # type: ignore[no-untyped-def]
-    stories260k: Path, tmp_path: Path, capsys, arguments: str, code: int, words: str
+    tiny_model: Path, tmp_path: Path, capsys, arguments: str, code: int, words: str
 ) -> None:
-    assert main(arguments.format(m=stories260k, o=tmp_path).split()) == code
+    assert main(arguments.format(m=tiny_model, o=tmp_path).split()) == code
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.splitlines()[-1].startswith("error: ")
@@ -105,14 +111,14 @@ def test_the_demo_model_goes_into_the_cache(monkeypatch, tmp_path: Path) -> None
 @pytest.mark.cpu
 @pytest.mark.parametrize("form", ["directory", "config.json", "artifact"])
 def test_a_library_is_compiled_and_its_memory_printed(  # type: ignore[no-untyped-def]
-    stories260k: Path, tmp_path: Path, capsys, form: str
+    tiny_model: Path, tmp_path: Path, capsys, form: str
 ) -> None:
-    model, options = stories260k, ["--quantization", "q0f32"]
+    model, options = tiny_model, ["--quantization", "q0f32"]
     if form == "config.json":
         model = tmp_path / "config.json"
-        model.write_text((stories260k / "config.json").read_text())
+        model.write_text((tiny_model / "config.json").read_text())
     elif form == "artifact":
-        command = ["gen_config", str(stories260k), *options, "-o", str(tmp_path / "artifact")]
+        command = ["gen_config", str(tiny_model), *options, "-o", str(tmp_path / "artifact")]
         assert main(command) == 0
         model, options = tmp_path / "artifact" / "mlc-chat-config.json", []
     library, dump = tmp_path / "new" / "lib.so", tmp_path / "dump"
@@ -128,9 +134,9 @@ def test_a_library_is_compiled_and_its_memory_printed(  # type: ignore[no-untype
 
 
 @pytest.mark.cpu
-def test_compiling_needs_a_linker(stories260k: Path, tmp_path: Path, capsys, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_compiling_needs_a_linker(tiny_model: Path, tmp_path: Path, capsys, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setenv("PATH", "")
-    command = ["compile", str(stories260k), "--quantization", "q0f32", "-o"]
+    command = ["compile", str(tiny_model), "--quantization", "q0f32", "-o"]
     assert main([*command, str(tmp_path / "lib.so")]) == 1
     assert "needs a linker" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
