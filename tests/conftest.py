@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,3 +32,11 @@ def demo_gguf() -> Path:
     if not path.is_file():
         pytest.skip(f"no demo model at {path}; `make demo-model` fetches it")
     return path
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The stored reference models, converted and compiled at most once in a run."""
+    from tiny_models import TinyModels
+
+    return TinyModels(tmp_path_factory.mktemp("tiny_models"))
