@@ -1,0 +1,119 @@
+"""What the machine can do: read bandwidth and int8 arithmetic, with a number of threads.
+
+Bandwidth: each thread runs the C library's memchr, called through ctypes (which releases the
+interpreter lock), over its own buffer of 512 MiB in huge pages, looking for a byte that is not
+there; the median of several passes. Int8: a kernel that does nothing but the host's best 8-bit
+multiply-adds, in registers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import mmap
+import os
+import statistics
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mlc_llm.kernels.cpu.isa import Isa
+
+_BUFFER_BYTES = 512 << 20
+_PASSES = 9
+_CHAINS = 16  # independent sums, more than the latency of one instruction asks for
+_STEPS = 2_000_000
+
+
+def read_bandwidth(threads: int) -> list[float]:
+    """Return GB/s of each pass."""
+    library = ctypes.CDLL(None)
+    library.memchr.restype = ctypes.c_void_p
+    library.memchr.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+    buffers = [mmap.mmap(-1, _BUFFER_BYTES) for _ in range(threads)]
+    addresses = []
+    for buffer in buffers:
+        buffer.madvise(mmap.MADV_HUGEPAGE)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+        ctypes.memset(address, 1, _BUFFER_BYTES)
+        addresses.append(address)
+
+    def scan(thread: int) -> None:
+        library.memchr(addresses[thread], 2, _BUFFER_BYTES)
+
+    return [threads * _BUFFER_BYTES / 1e9 / _time_threads(scan, threads) for _ in range(_PASSES)]
+
+
+def int8_peak(threads: int) -> list[float]:
+    """Return tera-operations a second of each pass; a multiply-add is two operations."""
+    import numpy as np
+    import tvm
+
+    from mlc_llm.compiler.target import describe_target
+    from mlc_llm.kernels.cpu.isa import find_isa
+
+    host = describe_target("cpu", "O2")
+    isa = find_isa(host["isa"])
+    module = tvm.compile(_dot_kernel(isa, threads), target=host["target"])
+    result = tvm.runtime.tensor(np.zeros((threads, isa.lanes), np.int32))
+    operations = threads * _STEPS * _CHAINS * isa.lanes * 4 * 2
+    figures = []
+    for _ in range(_PASSES + 1):
+        start = time.perf_counter()
+        module["multiply"](result)
+        figures.append(operations / 1e12 / (time.perf_counter() - start))
+    return figures[1:]
+
+
+def _dot_kernel(isa: Isa, threads: int) -> object:
+    from tvm.script import tirx as T
+
+    lanes = isa.lanes
+
+    @T.prim_func(s_tir=True)
+    def multiply(result: T.Buffer((threads, lanes), "int32")) -> None:
+        T.func_attr({"global_symbol": "multiply"})
+        for thread in T.parallel(threads):
+            sums = T.alloc_buffer((_CHAINS, lanes), "int32")
+            for chain in T.unroll(_CHAINS):
+                sums[chain, T.ramp(0, 1, lanes)] = T.broadcast(chain, lanes)
+            for step in T.serial(_STEPS):
+                for chain in T.unroll(_CHAINS):
+                    sums[chain, T.ramp(0, 1, lanes)] = isa.dot4_small(
+                        sums[chain, T.ramp(0, 1, lanes)],
+                        T.broadcast(T.Cast("uint32", step), lanes),
+                        T.broadcast(step, lanes),
+                    )
+            for chain in T.unroll(_CHAINS):
+                result[thread, T.ramp(0, 1, lanes)] += sums[chain, T.ramp(0, 1, lanes)]
+
+    return multiply
+
+
+def _time_threads(work: Callable[[int], None], threads: int) -> float:
+    workers = [threading.Thread(target=work, args=(number,)) for number in range(threads)]
+    start = time.perf_counter()
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    return time.perf_counter() - start
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the figures as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--int8", action="store_true", help="int8 arithmetic instead of bandwidth")
+    options = parser.parse_args(arguments)
+    os.environ["TVM_NUM_THREADS"] = str(options.threads)
+    passes = int8_peak(options.threads) if options.int8 else read_bandwidth(options.threads)
+    median = statistics.median(passes) if passes else None
+    print(json.dumps({"median": median, "passes": [round(figure, 2) for figure in passes]}))
+
+
+if __name__ == "__main__":
+    main()
