@@ -91,6 +91,7 @@ def chat(
     sampling = {} if model is not None else dict(_DEMO_SAMPLING)
     sampling.update({key: value for key, value in given.items() if value is not None})
     require_library(model_lib)
+    _check_early(device, level, sampling)
     use_threads(threads)
     with closing(
         _open_session(
@@ -98,6 +99,15 @@ def chat(
         )
     ) as session:
         _talk(session, question, system, sampling)
+
+
+def _check_early(device: str, opt: str, sampling: dict[str, Any]) -> None:
+    """Raise for values that would be refused only after a download or a conversion."""
+    from mlc_llm.compiler.target import describe_target
+    from mlc_llm.engine.sampling import SamplingParams
+
+    describe_target(device, opt)
+    SamplingParams(**sampling)
 
 
 def _read_question(prompt: str | None) -> str | None:

@@ -3,7 +3,7 @@
 Knows the commands by name only; what a command needs is imported when it runs.
 
     0    done
-    1    any MlcError: a model, device, download or request that does not work
+    1    any MlcError (a model, device, download or request that does not work), OSError
     2    OptionError, and command lines that do not parse
     70   an error inside mlc_llm itself
     130  Ctrl-C
@@ -109,6 +109,10 @@ def _report(error: BaseException, is_debug: bool) -> int:
     if isinstance(error, MlcError):
         _print_error(f"error: {error}")
         return 2 if isinstance(error, OptionError) else 1
+    if isinstance(error, OSError):
+        where = f": {error.filename}" if error.filename else ""
+        _print_error(f"error: {error.strerror or error}{where}")
+        return 1
     _print_error(
         f"internal error: {type(error).__name__}: {error}\n"
         f"This is a fault in mlc_llm. Set {_DEBUG_VARIABLE}=1 and run it again for the traceback."

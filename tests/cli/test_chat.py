@@ -136,6 +136,9 @@ def test_a_given_library_is_used_and_none_is_made(chat: Chat, tmp_path: Path) ->
         (["m", "--prompt", "x", "--overrides", "opt=O1", "--opt", "O2"], 2, "use one"),
         (["m", "--prompt", "x", "--model-lib", "no.so"], 1, "--model-lib no.so does not exist"),
         (["m", "--prompt", "x", "--model-lib", "no.so", "--opt", "O2"], 2, "--opt has no effect"),
+        (["m", "--prompt", "x", "--device", "cuda"], 1, "'cuda' is not supported"),
+        (["m", "--prompt", "x", "--device", "toaster"], 2, "'toaster' is not known"),
+        (["m", "--prompt", "x", "--opt", "O9"], 2, "'O9' is not known"),
         (["m", "--prompt", "x", "--temperature", "-1"], 2, "temperature"),
         (["m", "--prompt", "x", "--temperature", "nan"], 2, "temperature"),
         (["m", "--prompt", "x", "--top-p", "2"], 2, "top_p"),
@@ -153,6 +156,8 @@ def test_mistakes_are_explained(  # type: ignore[no-untyped-def]
     assert captured.err.startswith("error: ")
     assert words in captured.err
     assert "Traceback" not in captured.err
+    assert "open" not in chat.calls
+    assert "missing" in arguments or not chat.calls
 
 
 def test_a_bad_policy_is_named(chat: Chat, monkeypatch, capsys) -> None:  # type: ignore[no-untyped-def]

@@ -32,6 +32,8 @@ def failing_doctor(monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-
     [
         (OptionError("--x is 3; use 4"), 2, "error: --x is 3; use 4\n"),
         (DeviceError("no cuda here"), 1, "error: no cuda here\n"),
+        (OSError(28, "No space left"), 1, "error: No space left\n"),
+        (PermissionError(13, "Denied", "a.json"), 1, "error: Denied: a.json\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
         (EOFError("end"), 70, "internal error: EOFError: end\n"),
         (ZeroDivisionError("oh"), 70, "internal error: ZeroDivisionError: oh\n"),
