@@ -11,6 +11,7 @@ import pytest
 import typer.main
 
 from mlc_llm.cli.main import build_app
+from mlc_llm.quantization.schemes import SCHEMES
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -94,6 +95,12 @@ def test_commands_named_in_sentences_exist(page: Path, group: Any) -> None:
 def test_the_readme_shows_every_command(group: Any) -> None:
     shown = {words[1] for words in commands_in(PAGES[0].read_text()) if words[0] == "mlc_llm"}
     assert shown >= {"chat", "gen_config", "convert_weight", "compile", "doctor"}
+
+
+def test_the_readme_lists_every_quantization() -> None:
+    text = PAGES[0].read_text(encoding="utf-8")
+    listed = re.findall(r"`(q\d\w+)`", text.partition("**Quantizations**")[2])
+    assert sorted(listed) == sorted(SCHEMES)
 
 
 def test_an_unknown_option_would_be_found(group: Any) -> None:
