@@ -11,9 +11,9 @@ from mlc_llm.kernels.cpu.attention import AttentionShape, paged_attention
 pytestmark = pytest.mark.cpu
 
 PAGE = 16
-# (context, new tokens) of each sequence; contexts around the sizes of pages and key blocks.
-RAGGED = [(5, 5), (130, 1), (70, 37), (64, 0), (64, 64), (17, 3), (65, 2)]
-DECODE = [(length, 1) for length in (1, 16, 17, 63, 64, 65, 200)]
+# (context, new tokens) of each sequence; contexts around the sizes of pages, key blocks and parts.
+RAGGED = [(5, 5), (130, 1), (70, 37), (64, 64), (17, 3), (65, 2), (600, 5)]
+DECODE = [(length, 1) for length in (1, 16, 17, 63, 64, 65, 200, 511, 512, 513, 1100)]
 
 GQA = AttentionShape(8, 2, 16, PAGE, "float32", 0.25, -1)
 SHAPES = {
