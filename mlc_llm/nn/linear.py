@@ -61,10 +61,10 @@ class GroupQuantizedLinear(nn.Module):
 
     def forward(self, x: nn.Tensor | Rows) -> nn.Tensor:
         """Return (n, out) float32 for x (n, in) float32."""
-        packed = ops.pack_group(self.q_weight, self.q_scale, self.form)
-        return ops.group_linear_packed(
-            x, packed, self.bias, self.out_features, self.form, self.int8_isa
+        packed, form = _pack(
+            self.q_weight, self.q_scale, self.form, self.in_features, self.int8_isa
         )
+        return ops.group_linear_packed(x, packed, self.bias, self.out_features, form, self.int8_isa)
 
 
 class GroupQuantizedEmbedding(nn.Module):
@@ -81,12 +81,23 @@ class GroupQuantizedEmbedding(nn.Module):
 
     def forward(self, ids: nn.Tensor) -> nn.Tensor:
         """Return (n, hidden) float32 for ids (n) int32."""
-        packed = ops.pack_group(self.q_weight, self.q_scale, self.form)
-        return ops.group_embed_packed(ids, packed, self.num_embeddings, self.features, self.form)
+        packed, form = _pack(self.q_weight, self.q_scale, self.form, self.features, self.int8_isa)
+        return ops.group_embed_packed(ids, packed, self.num_embeddings, self.features, form)
 
     def logits(self, x: nn.Tensor | Rows) -> nn.Tensor:
         """Return (n, vocab) float32: products with every row of the table."""
-        packed = ops.pack_group(self.q_weight, self.q_scale, self.form)
-        return ops.group_linear_packed(
-            x, packed, None, self.num_embeddings, self.form, self.int8_isa
-        )
+        packed, form = _pack(self.q_weight, self.q_scale, self.form, self.features, self.int8_isa)
+        return ops.group_linear_packed(x, packed, None, self.num_embeddings, form, self.int8_isa)
+
+
+def _pack(
+    q_weight: nn.Tensor,
+    q_scale: nn.Tensor,
+    form: GroupFormat,
+    in_features: int,
+    int8_isa: str | None,
+) -> tuple[tuple[nn.Tensor, nn.Tensor], GroupFormat]:
+    """Return packed arrays and the format they are in."""
+    is_int8 = int8_isa is not None
+    packed = ops.pack_group(q_weight, q_scale, form, in_features, byte_codes=is_int8)
+    return packed, form.with_byte_codes() if is_int8 else form

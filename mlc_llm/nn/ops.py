@@ -100,17 +100,30 @@ def embed_packed(ids: nn.Tensor, packed: nn.Tensor, num_embeddings: int) -> nn.T
 
 
 def pack_group(
-    q_weight: nn.Tensor, q_scale: nn.Tensor, form: GroupFormat
+    q_weight: nn.Tensor,
+    q_scale: nn.Tensor,
+    form: GroupFormat,
+    in_features: int,
+    *,
+    byte_codes: bool,
 ) -> tuple[nn.Tensor, nn.Tensor]:
-    """Return portable words and scales in the kernel's layout; lifted into `pack_params`."""
-    packed = []
-    for name, array in (("pack_words", q_weight), ("pack_scales", q_scale)):
-        first, second = (int(extent) for extent in array.shape)
-        rows, columns = (second, first) if form.is_transposed else (first, second)
-        kernel = _kernel(group_linear.interleave, rows, columns, array.dtype, form.is_transposed)
-        shape = [linear.num_blocks(rows), columns, LANES]
-        packed.append(_emit(name, kernel, [array], shape, array.dtype))
-    return packed[0], packed[1]
+    """Return portable words and scales in the kernel's layout; lifted into `pack_params`.
+
+    byte_codes: pack as `form.with_byte_codes()`, which kernels with int8 activations read.
+    """
+    groups = form.num_groups(in_features)
+    rows = int(q_weight.shape[1 if form.is_transposed else 0])
+    packed_form = form.with_byte_codes() if byte_codes else form
+    words = groups * packed_form.words_per_group
+    if packed_form == form:
+        kernel = _kernel(group_linear.interleave, rows, words, "uint32", form.is_transposed)
+    else:
+        kernel = _kernel(group_linear.widen_codes, rows, in_features, form)
+    blocks = linear.num_blocks(rows)
+    packed_words = _emit("pack_words", kernel, [q_weight], [blocks, words, LANES], "uint32")
+    kernel = _kernel(group_linear.interleave, rows, groups, q_scale.dtype, form.is_transposed)
+    shape = [blocks, groups, LANES]
+    return packed_words, _emit("pack_scales", kernel, [q_scale], shape, q_scale.dtype)
 
 
 def group_linear_packed(
@@ -132,7 +145,10 @@ def group_linear_packed(
         n, in_features = x.shape
         kernel = _kernel(group_linear.matmul, out_features, int(in_features), form, bias_dtype)
         return _emit("group_linear", kernel, [x, *packed, *extra], [n, out_features])
-    n, in_features = (x.inputs[0].shape[0], x.width) if isinstance(x, Rows) else x.shape
+    if isinstance(x, Rows):
+        n, in_features = x.inputs[0].shape[0], x.width
+    else:
+        n, in_features = x.shape
     shape = Int8Shape(out_features, int(in_features), form, int8_isa)
     kernel = _kernel(int8_linear.matmul, shape, bias_dtype)
     args = [_quantize_activations(x, shape), *packed, *extra]

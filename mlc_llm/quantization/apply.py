@@ -101,11 +101,9 @@ def _quantized_layer(
 ) -> nn.Module | None:
     if not _is_quantized(path, layer, scheme):
         return None
-    # Codes of 3 bits do not fall into bytes; they stay on the float path.
-    isa = int8_isa if scheme.bits in (4, 8) else None
     if isinstance(layer, Linear):
-        return GroupQuantizedLinear(layer, group_format(scheme, is_linear=True), isa)
-    return GroupQuantizedEmbedding(layer, group_format(scheme, is_linear=False), isa)
+        return GroupQuantizedLinear(layer, group_format(scheme, is_linear=True), int8_isa)
+    return GroupQuantizedEmbedding(layer, group_format(scheme, is_linear=False), int8_isa)
 
 
 def _named_modules(module: nn.Module, prefix: str) -> Any:

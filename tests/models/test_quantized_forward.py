@@ -124,7 +124,7 @@ def test_float_path_is_the_dequantized_model(tiny_models: TinyModels, quantizati
 
 
 @pytest.mark.cpu
-@pytest.mark.parametrize("quantization", SCHEMES[1:])
+@pytest.mark.parametrize("quantization", SCHEMES)
 def test_int8_path_is_the_model_with_rounded_activations(
     tiny_models: TinyModels, quantization: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -138,9 +138,8 @@ def test_int8_path_is_the_model_with_rounded_activations(
 
 
 @pytest.mark.cpu
-@pytest.mark.parametrize("quantization", ["q0f16", "q3f16_1"])
-def test_other_schemes_keep_exact_activations(tiny_models: TinyModels, quantization: str) -> None:
-    model = Quantized(tiny_models, "llama_odd_sizes", quantization)
+def test_unquantized_weights_keep_exact_activations(tiny_models: TinyModels) -> None:
+    model = Quantized(tiny_models, "llama_odd_sizes", "q0f16")
     logits = model.compiled(INT8_OPT, kv_cache_dtype="float32")
     assert relative_error(logits, model.expected()) < TOLERANCE["float32"]
 

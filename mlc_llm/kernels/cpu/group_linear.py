@@ -7,6 +7,7 @@ pack to the same. The sum over `in` runs in order, whatever the number of tokens
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ class GroupFormat:
     group_size: int
     scale_dtype: str
     is_transposed: bool  # portable arrays are (in, out): the KN layout
+    code_of_zero: int | None = None  # where it is not the middle of the codes
 
     @property
     def values_per_word(self) -> int:
@@ -38,7 +40,13 @@ class GroupFormat:
     @property
     def zero_point(self) -> int:
         """Return the code of zero."""
-        return (1 << (self.bits - 1)) - 1
+        return (1 << (self.bits - 1)) - 1 if self.code_of_zero is None else self.code_of_zero
+
+    def with_byte_codes(self) -> GroupFormat:
+        """Return the format in which codes fall into bytes: 3-bit codes move to 4 bits."""
+        if self.bits != 3:
+            return self
+        return dataclasses.replace(self, bits=4, code_of_zero=self.zero_point)
 
     def num_groups(self, in_features: int) -> int:
         """Return the number of groups along the input dimension."""
@@ -79,6 +87,53 @@ def interleave(rows: int, columns: int, dtype: str, is_transposed: bool) -> Any:
                         packed[b, c, v] = T.Cast(dtype, 0)
 
     return interleave_kernel
+
+
+def widen_codes(rows: int, in_features: int, form: GroupFormat) -> Any:
+    """Pack 3-bit words as 4-bit ones: portable words -> packed words of `with_byte_codes()`."""
+    wide = form.with_byte_codes()
+    blocks, groups = num_blocks(rows), form.num_groups(in_features)
+    narrow_words, wide_words = groups * form.words_per_group, groups * wide.words_per_group
+    is_transposed = form.is_transposed
+    shape = (narrow_words, rows) if is_transposed else (rows, narrow_words)
+    group_words, wide_group_words, per_word = (
+        form.words_per_group,
+        wide.words_per_group,
+        form.values_per_word,
+    )
+
+    @T.prim_func(private=True, s_tir=True)
+    def widen_codes_kernel(
+        source: T.Buffer(shape, "uint32"),
+        packed: T.Buffer((blocks, wide_words, LANES), "uint32"),
+    ) -> None:
+        T.func_attr({"tirx.noalias": True})
+        for b in T.parallel(blocks):
+            for w in T.serial(wide_words):
+                for v in T.serial(LANES):
+                    packed[b, w, v] = T.uint32(0)
+                    if b * LANES + v < rows:
+                        for i in T.serial(8):
+                            # Value k of the group moves from k * 3 of 10 a word to k * 4 of 8.
+                            k = w % wide_group_words * 8 + i
+                            column = w // wide_group_words * group_words + k // per_word
+                            packed[b, w, v] = T.bitwise_or(
+                                packed[b, w, v],
+                                T.shift_left(
+                                    T.bitwise_and(
+                                        T.shift_right(
+                                            source[column, b * LANES + v]
+                                            if is_transposed
+                                            else source[b * LANES + v, column],
+                                            T.Cast("uint32", k % per_word * 3),
+                                        ),
+                                        T.uint32(7),
+                                    ),
+                                    T.Cast("uint32", i * 4),
+                                ),
+                            )
+
+    return widen_codes_kernel
 
 
 def _dequantize(word: Any, scale: Any, offset: Any, shift: int, bits: int) -> Any:
