@@ -58,6 +58,13 @@ def silu_mul(x: nn.Tensor) -> Rows:
     return Rows("silu_mul", (x,), int(x.shape[1]) // 2)
 
 
+def _extents(x: nn.Tensor | Rows) -> tuple[Any, int]:
+    if isinstance(x, Rows):
+        return x.inputs[0].shape[0], x.width
+    tensor: Any = x
+    return tensor.shape[0], int(tensor.shape[1])
+
+
 def _tensor(x: nn.Tensor | Rows) -> nn.Tensor:
     return x.materialize() if isinstance(x, Rows) else x
 
@@ -145,18 +152,16 @@ def group_linear_packed(
         n, in_features = x.shape
         kernel = _kernel(group_linear.matmul, out_features, int(in_features), form, bias_dtype)
         return _emit("group_linear", kernel, [x, *packed, *extra], [n, out_features])
-    if isinstance(x, Rows):
-        n, in_features = x.inputs[0].shape[0], x.width
-    else:
-        n, in_features = x.shape
-    shape = Int8Shape(out_features, int(in_features), form, int8_isa)
+    n, in_features = _extents(x)
+    shape = Int8Shape(out_features, in_features, form, int8_isa)
     kernel = _kernel(int8_linear.matmul, shape, bias_dtype)
     args = [_quantize_activations(x, shape), *packed, *extra]
     return _emit("int8_linear", kernel, args, [n, out_features])
 
 
 def _quantize_activations(x: nn.Tensor | Rows, shape: Int8Shape) -> nn.Tensor:
-    source, inputs = Source(), (x,)
+    source = Source()
+    inputs: tuple[Any, ...] = (x,)
     if isinstance(x, Rows):
         weight_dtype = x.inputs[1].dtype if x.kind == "rms_norm" else "float32"
         source, inputs = Source(x.kind, weight_dtype, x.eps), x.inputs
