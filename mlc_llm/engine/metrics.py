@@ -62,5 +62,5 @@ class EngineMetrics:
         ):
             lines.append(f"# HELP mlc_llm_{name} {help_text}")
             lines.append(f"# TYPE mlc_llm_{name} counter")
-            lines.append(f"mlc_llm_{name} {value:g}")
+            lines.append(f"mlc_llm_{name} {value}")
         return "\n".join(lines) + "\n"

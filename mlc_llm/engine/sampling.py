@@ -38,10 +38,8 @@ class SamplingParams:
         _check_range("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         _check_range("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _check_range("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise OptionError(f"max_tokens must be at least 1, is {self.max_tokens}")
-        if self.seed is not None and self.seed < 0:
-            raise OptionError(f"seed must not be negative, is {self.seed}")
+        _check_count("max_tokens", self.max_tokens, 1)
+        _check_count("seed", self.seed, 0)
         if any(not text for text in self.stop):
             raise OptionError("stop strings must not be empty")
 
@@ -65,6 +63,12 @@ def _check_range(name: str, value: float, low: float, high: float) -> None:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not math.isfinite(value) or not low <= value <= high:
         raise OptionError(f"{name} must be a number from {low:g} to {high:g}, is {value!r}")
+
+
+def _check_count(name: str, value: int | None, low: int) -> None:
+    is_int = isinstance(value, int) and not isinstance(value, bool)
+    if value is not None and (not is_int or value < low):
+        raise OptionError(f"{name} must be a whole number of at least {low}, is {value!r}")
 
 
 def sample(

@@ -177,20 +177,21 @@ class ChatSession:
     def _forward(self, tokens: list[int]) -> NDArray[np.float32]:
         sequence = self._sequence
         start = len(sequence.token_ids)
-        slots = sequence.grow(tokens)
         count = len(tokens)
-        step = Step(
-            token_ids=np.asarray(tokens, np.int32),
-            positions=np.arange(start, start + count, dtype=np.int32),
-            slots=slots,
-            query_start=np.asarray([0, count], np.int32),
-            page_table=np.asarray([sequence.pages], np.int32),
-            context_len=np.asarray([start + count], np.int32),
-            logit_rows=np.asarray([count - 1], np.int32),
-        )
         try:
+            slots = sequence.grow(tokens)
+            step = Step(
+                token_ids=np.asarray(tokens, np.int32),
+                positions=np.arange(start, start + count, dtype=np.int32),
+                slots=slots,
+                query_start=np.asarray([0, count], np.int32),
+                page_table=np.asarray([sequence.pages], np.int32),
+                context_len=np.asarray([start + count], np.int32),
+                logit_rows=np.asarray([count - 1], np.int32),
+            )
             logits: NDArray[np.float32] = self._runner.forward(step)[0]
         except BaseException:
+            # Ctrl-C may come at any line: tokens that were not computed must not be reused.
             sequence.truncate(start)
             raise
         # Rows past the tokenizer's vocabulary are padding of the embedding table.

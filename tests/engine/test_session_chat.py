@@ -1,0 +1,119 @@
+"""Text out of a session: stop strings, characters of several tokens, and the metrics."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from fakes import FakeRunner, only
+
+from mlc_llm.engine.session import ChatSession, SamplingParams
+from mlc_llm.errors import ContextTooLong, RequestError
+
+MESSAGES = [{"role": "user", "content": "hello"}]
+GREEDY = SamplingParams(temperature=0.0)
+
+
+def say(open_session, tokenizer, text: str, **changes) -> tuple[ChatSession, FakeRunner]:
+    """Return a session whose model answers the messages with `text`, a byte a token."""
+    runner = FakeRunner()
+    session = open_session(runner, **changes)
+    prompt_len = len(session._prompts.token_ids(MESSAGES))
+    # Characters one by one, so that no merge joins what a stop string would split.
+    script = [token for character in text for token in tokenizer.encode(character)]
+    script.append(2)
+    runner.logits_of = lambda tokens: only(script[len(tokens) - prompt_len])
+    return session, runner
+
+
+def test_answer_comes_piece_by_piece(open_session, tokenizer) -> None:
+    session, _ = say(open_session, tokenizer, "Hi there")
+    assert list(session.chat(MESSAGES, GREEDY)) == list("Hi there")
+    assert session.last.finish_reason == "stop"
+
+
+def test_characters_of_several_tokens_come_whole(open_session, tokenizer) -> None:
+    session, _ = say(open_session, tokenizer, "né 🙂!")
+    assert list(session.chat(MESSAGES, GREEDY)) == ["n", "é", " ", "🙂", "!"]
+
+
+def test_cut_character_is_shown_as_such(open_session, tokenizer) -> None:
+    session, _ = say(open_session, tokenizer, "a🙂")
+    text = "".join(session.chat(MESSAGES, GREEDY.with_changes(max_tokens=3)))
+    assert text[0] == "a" and set(text[1:]) == {"\N{REPLACEMENT CHARACTER}"}
+    assert session.last.finish_reason == "length"
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_stop_string_is_not_said(open_session, tokenizer, own) -> None:
+    stop_str = ("END",) if own else ()
+    session, runner = say(open_session, tokenizer, "one EN two END three", stop_str=stop_str)
+    params = GREEDY if own else GREEDY.with_changes(stop=("###", "END"))
+    pieces = list(session.chat(MESSAGES, params))
+    assert "".join(pieces) == "one EN two "
+    assert all(piece for piece in pieces)
+    assert session.last.finish_reason == "stop"
+    assert session.last.completion_tokens == len("one EN two END")
+    steps = len(runner.steps)
+    list(session.chat(MESSAGES, params.with_changes(max_tokens=1)))
+    assert len(runner.steps) == steps + 1
+
+
+def test_half_a_stop_string_at_the_end_is_said(open_session, tokenizer) -> None:
+    session, _ = say(open_session, tokenizer, "the EN")
+    assert "".join(session.chat(MESSAGES, GREEDY.with_changes(stop=("END",)))) == "the EN"
+
+
+def test_closing_stops_the_work(open_session, tokenizer) -> None:
+    session, runner = say(open_session, tokenizer, "a long answer")
+    pieces = session.chat(MESSAGES, GREEDY)
+    assert next(pieces) == "a"
+    pieces.close()
+    steps = len(runner.steps)
+    assert session.last.finish_reason == "abort"
+    assert "".join(session.chat(MESSAGES, GREEDY)) == "a long answer"
+    assert len(runner.steps) > steps
+
+
+def test_bad_messages_are_refused(open_session, tokenizer) -> None:
+    session, runner = say(open_session, tokenizer, "x")
+    with pytest.raises(RequestError, match="no messages"):
+        list(session.chat([], GREEDY))
+    with pytest.raises(ContextTooLong):
+        list(session.chat([{"role": "user", "content": "word " * 100}], GREEDY))
+    assert runner.steps == []
+    assert "".join(session.chat(MESSAGES, GREEDY)) == "x"
+
+
+def test_metrics_are_sums_in_prometheus_text(open_session, tokenizer) -> None:
+    session, _ = say(open_session, tokenizer, "abc")
+    assert read_metrics(session)["mlc_llm_requests_total"] == 0
+    list(session.chat(MESSAGES, GREEDY))
+    first = session.last
+    list(session.chat(MESSAGES, GREEDY.with_changes(max_tokens=2)))
+    second = session.last
+    metrics = read_metrics(session)
+    assert metrics["mlc_llm_requests_total"] == 2
+    assert metrics["mlc_llm_prompt_tokens_total"] == 2 * first.prompt_tokens
+    assert metrics["mlc_llm_cached_tokens_total"] == first.prompt_tokens - 1
+    assert metrics["mlc_llm_generation_tokens_total"] == 5
+    seconds = first.prefill_s + second.prefill_s
+    assert metrics["mlc_llm_prefill_seconds_total"] == pytest.approx(seconds, rel=1e-4)
+    seconds = first.decode_s + second.decode_s
+    assert metrics["mlc_llm_decode_seconds_total"] == pytest.approx(seconds, rel=1e-4)
+
+
+def read_metrics(session: ChatSession) -> dict[str, float]:
+    """Parse the text: for each metric HELP, TYPE and one sample, and nothing else."""
+    text = session.metrics_text()
+    sample = r"# HELP (\w+) [^\n]+\n# TYPE \1 counter\n\1 ([^\s]+)\n"
+    assert re.fullmatch(f"(?:{sample})+".replace(r"\1", r"\w+"), text)
+    found = {name: float(value) for name, value in re.findall(sample, text)}
+    assert len(found) == text.count("# TYPE")
+    return found
+
+
+def test_large_counts_are_exact(open_session) -> None:
+    session = open_session(FakeRunner())
+    session._metrics.prompt_tokens = 123_456_789
+    assert read_metrics(session)["mlc_llm_prompt_tokens_total"] == 123_456_789

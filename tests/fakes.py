@@ -1,0 +1,121 @@
+"""A model runner without a model: its logits are a pure function of the sequence.
+
+It keeps nothing but token ids in its pages, so a wrong slot, page or length changes what it says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mlc_llm.artifact import KVCacheLayout, LibraryMetadata
+from mlc_llm.runtime.runner import Step
+
+Logits = NDArray[np.float32]
+VOCAB_SIZE = 512
+PAGE_SIZE = 16
+
+
+def make_metadata(**changes: Any) -> LibraryMetadata:
+    """Return the metadata of a small llama library, with some fields replaced."""
+    values: dict[str, Any] = {
+        "model_type": "llama",
+        "quantization": "q4f16_1",
+        "context_window_size": 64,
+        "sliding_window_size": -1,
+        "attention_sink_size": -1,
+        "prefill_chunk_size": 8,
+        "max_batch_size": 4,
+        "vocab_size": VOCAB_SIZE,
+        "params": [],
+        "kv_cache": KVCacheLayout(1, 1, 2, PAGE_SIZE, "float16"),
+        "memory_usage": {"forward": 0, "pack_params": 0},
+        "target": {"kind": "llvm"},
+        "isa": ["x86_64", "x86-64"],
+        "compiler_version": "0",
+    }
+    return LibraryMetadata(**{**values, **changes})
+
+
+def next_token(tokens: Sequence[int]) -> int:
+    """Return the token that the default runner finds likeliest after `tokens`; never below 3."""
+    mixed = 7
+    for token in tokens:
+        mixed = (mixed * 31 + token + 1) % 1_000_003
+    return 3 + mixed % (VOCAB_SIZE - 3)
+
+
+def only(token: int, vocab_size: int = VOCAB_SIZE) -> Logits:
+    """Return logits by which nothing but `token` is likely."""
+    logits = np.zeros(vocab_size, np.float32)
+    logits[token] = 50
+    return logits
+
+
+class FakeRunner:
+    """Answers by `logits_of`, a function of a sequence's tokens; records every step.
+
+    `error`, where it is set, is raised by the next step, after the step has been recorded.
+    """
+
+    def __init__(
+        self,
+        logits_of: Callable[[list[int]], Logits] = lambda tokens: only(next_token(tokens)),
+        num_pages: int | None = None,
+        **changes: Any,
+    ) -> None:
+        self.metadata = make_metadata(**changes)
+        context = self.metadata.context_window_size
+        self.num_pages = num_pages or -(-context // PAGE_SIZE)
+        self.logits_of = logits_of
+        self.steps: list[Step] = []
+        self.error: BaseException | None = None
+        self.is_closed = False
+        self._tokens = np.full(self.num_pages * PAGE_SIZE, -1, np.int64)
+
+    @property
+    def step_sizes(self) -> list[int]:
+        """Return the number of tokens of each step."""
+        return [len(step.token_ids) for step in self.steps]
+
+    def forward(self, step: Step) -> Logits:
+        """Store the step's tokens in their slots, then read each sequence from its pages."""
+        self.steps.append(step)
+        if self.error is not None:
+            error, self.error = self.error, None
+            raise error
+        self._check(step)
+        self._tokens[step.slots] = step.token_ids
+        return np.stack([self.logits_of(self._sequence_of(step, int(r))) for r in step.logit_rows])
+
+    def close(self) -> None:
+        """Remember that it was closed."""
+        self.is_closed = True
+
+    def _sequence_of(self, step: Step, row: int) -> list[int]:
+        """Return the tokens that the token at `row` of the step sees, itself included."""
+        owner = int(np.searchsorted(step.query_start, row, side="right")) - 1
+        places = np.arange(step.positions[row] + 1)
+        pages = step.page_table[owner, places // PAGE_SIZE]
+        tokens: list[int] = self._tokens[pages * PAGE_SIZE + places % PAGE_SIZE].tolist()
+        return tokens
+
+    def _check(self, step: Step) -> None:
+        n, batch = len(step.token_ids), len(step.context_len)
+        assert n <= self.metadata.prefill_chunk_size
+        assert step.positions.shape == step.slots.shape == (n,)
+        assert step.query_start.shape == (batch + 1,) and step.query_start[-1] == n
+        for array in vars(step).values():
+            assert array.dtype == np.int32
+        for owner in range(batch):
+            first, end = step.query_start[owner], step.query_start[owner + 1]
+            context = int(step.context_len[owner])
+            assert context <= self.metadata.context_window_size
+            positions = np.arange(context - (end - first), context)
+            assert step.positions[first:end].tolist() == positions.tolist()
+            pages = step.page_table[owner, positions // PAGE_SIZE]
+            slots = pages * PAGE_SIZE + positions % PAGE_SIZE
+            assert step.slots[first:end].tolist() == slots.tolist()
