@@ -22,7 +22,7 @@ from typing import Annotated, Any
 import typer
 
 import mlc_llm
-from mlc_llm.cli import chat, compile, convert_weight, demo_model, doctor, gen_config
+from mlc_llm.cli import bench, chat, compile, convert_weight, demo_model, doctor, gen_config
 from mlc_llm.errors import MlcError, OptionError
 
 # Typer carries click under a changing name; this is its "bad command line" class in all of them.
@@ -42,6 +42,7 @@ def build_app() -> typer.Typer:
     )
     app.callback(invoke_without_command=True)(_root)
     app.command("chat")(_return_error(chat.chat))
+    app.command("bench")(_return_error(bench.bench))
     app.command("gen_config")(_return_error(gen_config.gen_config))
     app.command("convert_weight")(_return_error(convert_weight.convert_weight))
     app.command("compile")(_return_error(compile.compile_library))

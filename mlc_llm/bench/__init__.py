@@ -1,0 +1,1 @@
+"""Speed of a compiled model: what is measured, how, and what is reported."""
