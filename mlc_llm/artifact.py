@@ -317,8 +317,9 @@ def _read_records(shard: Mapping[str, Any], path: Path) -> Iterator[TensorRecord
 class KVCacheLayout:
     """Shape of the KV pages a library works on; one tensor per layer.
 
-    Each is (num_pages, 2, num_key_value_heads, page_size * head_dim) of `dtype`; index 0 is K. The
-    order inside a head's part of a page is the library's own.
+    Each is (num_pages, 2, num_key_value_heads, page_size * token_items) of `dtype`; index 0 is K.
+    The order inside a head's part of a page is the library's own. int8 pages hold a float32 scale
+    for each token beside its codes.
     """
 
     num_layers: int
@@ -328,14 +329,19 @@ class KVCacheLayout:
     dtype: str
 
     @property
+    def token_items(self) -> int:
+        """Items of `dtype` that K or V of one token takes in one head."""
+        return self.head_dim + 4 if self.dtype == "int8" else self.head_dim
+
+    @property
     def bytes_per_token(self) -> int:
         """KV bytes one token takes in all layers."""
         item = numpy_dtype(self.dtype).itemsize
-        return self.num_layers * 2 * self.num_key_value_heads * self.head_dim * item
+        return self.num_layers * 2 * self.num_key_value_heads * self.token_items * item
 
     def page_shape(self, num_pages: int) -> tuple[int, ...]:
         """Return the shape of one layer's tensor."""
-        return (num_pages, 2, self.num_key_value_heads, self.page_size * self.head_dim)
+        return (num_pages, 2, self.num_key_value_heads, self.page_size * self.token_items)
 
 
 @dataclass(frozen=True)
@@ -360,6 +366,7 @@ class LibraryMetadata:
     tensor_parallel_shards: int = 1
     pipeline_parallel_stages: int = 1
     model_task: str = "chat"
+    model_config: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """Return the JSON text stored in the library."""

@@ -32,6 +32,19 @@ _COMPILED = (
     "attention_sink_size",
     "max_batch_size",
 )
+# Numbers of the model that are part of the library's code.
+_SHAPE = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "rms_norm_eps",
+    "position_embedding_base",
+    "rope_scaling",
+)
 
 
 class ChatSession:
@@ -229,10 +242,24 @@ def check_library(
                 f"{where} was compiled for {name} {found}, the model has {wanted}; "
                 "compile it again with `mlc_llm compile`"
             )
+    for name in _SHAPE:
+        wanted, found = config.model_config.get(name), metadata.model_config.get(name)
+        # Artifacts leave out, or set to zero, what follows from other numbers.
+        is_given = name in config.model_config and name in metadata.model_config
+        if is_given and wanted != found and (wanted or name == "rope_scaling"):
+            raise LibraryMismatch(
+                f"{where} was compiled for another model: its {name} is {found}, this model's is "
+                f"{wanted}; compile it again with `mlc_llm compile`"
+            )
     for name, value in overrides.items():
-        if name not in _COMPILED:
-            continue
-        found = getattr(metadata, name)
+        if name == "kv_cache_dtype":
+            found = metadata.kv_cache.dtype if value != "auto" else value
+        elif name in _COMPILED:
+            found = getattr(metadata, name)
+        else:
+            raise OptionError(
+                f"override {name!r} is not known; known: {', '.join((*_COMPILED, 'kv_cache_dtype'))}"
+            )
         if found != value:
             raise OptionError(
                 f"{where} was compiled with {name}={found}, the override says {value}; "

@@ -19,7 +19,7 @@ Config = TypeVar("Config", bound="DecoderConfig")
 DEFAULT_PREFILL_CHUNK = 2048
 # Where a sliding-window model names no context window.
 DEFAULT_CONTEXT = 32768
-KV_DTYPES = ("auto", "float16", "float32")
+KV_DTYPES = ("auto", "float16", "float32", "int8")
 _OVERRIDES = (
     "context_window_size",
     "sliding_window_size",

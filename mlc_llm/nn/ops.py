@@ -197,15 +197,7 @@ def rope_and_write(
 ) -> tuple[nn.Tensor, nn.Tensor]:
     """Rotate q and k, write k and v into `pages` in place; return q and the same pages."""
     rotary_dim = int(table.shape[1])
-    kernel = _kernel(
-        rope.rope_and_write,
-        shape.num_heads,
-        shape.num_kv_heads,
-        shape.head_dim,
-        rotary_dim,
-        shape.page_size,
-        shape.kv_dtype,
-    )
+    kernel = _kernel(rope.rope_and_write, shape, rotary_dim)
     q = nn.Tensor.placeholder([qkv.shape[0], shape.num_heads, shape.head_dim], "float32")
     out = [nn.Tensor.placeholder(pages.shape, pages.dtype), q]
     written, rotated = nn.op.tensor_ir_inplace_op(

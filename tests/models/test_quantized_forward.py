@@ -201,3 +201,12 @@ def test_quantization_costs_accuracy_in_the_order_of_bits(tiny_models: TinyModel
         errors.append(relative_error(logits, reference.logits))
     assert errors == sorted(errors)
     assert errors[2] < 0.05 < errors[4]
+
+
+@pytest.mark.cpu
+def test_int8_cache_costs_little(tiny_models: TinyModels) -> None:
+    model = Quantized(tiny_models, "llama_gqa", "q4f32_1")
+    exact = model.compiled(FLOAT_OPT, kv_cache_dtype="float32")
+    for chunk in (None, 1):
+        logits = model.compiled(FLOAT_OPT, chunk, kv_cache_dtype="int8")
+        assert 1e-4 < relative_error(logits, exact) < 3e-2

@@ -29,10 +29,10 @@ def paged_attention(shape: AttentionShape) -> Any:
     keys (Xiao et al. 2023, but at their true positions).
     """
     heads, kv_heads, head_dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
-    group, page_size, window, sinks = shape.group, shape.page_size, shape.window, shape.sinks
+    group, window, sinks = shape.group, shape.window, shape.sinks
     tile_tokens = max(1, TILE_ROWS // group)
     tile_rows, single_rows = shape.padded_rows(tile_tokens), shape.padded_rows(1)
-    scale, kv_dtype = shape.scale, shape.kv_dtype
+    scale, kv_dtype, page_items = shape.scale, shape.kv_dtype, shape.page_items
     steps = block_steps(shape)
 
     @T.macro
@@ -57,6 +57,7 @@ def paged_attention(shape: AttentionShape) -> Any:
         scores = T.alloc_buffer((max_rows, KEY_BLOCK), "float32")
         keys = T.alloc_buffer((head_dim, KEY_BLOCK), "float32")
         values = T.alloc_buffer((KEY_BLOCK, head_dim), "float32")
+        factors = T.alloc_buffer((2, KEY_BLOCK), "float32")
         for r in T.serial(max_rows):
             state[r, 0] = T.float32(MASKED)
             sums[r, T.ramp(0, 1, LANES)] = splat(T.float32(0))
@@ -69,14 +70,16 @@ def paged_attention(shape: AttentionShape) -> Any:
         for block in T.serial((end - begin + KEY_BLOCK - 1) // KEY_BLOCK):
             start = begin + block * KEY_BLOCK
             if _is_needed(start, positions[first], window, sinks):
-                steps.load(pages, page_table, keys, values, s, kv_head, start, end)
-                steps.score(qs, keys, scores, count * group)
+                steps.load(pages, page_table, keys, values, factors, s, kv_head, start, end)
+                steps.score(qs, keys, factors, scores, count * group)
                 if _needs_mask(start, positions[first], positions[first + count - 1], window):
                     for r in T.serial(count * group):
                         steps.mask(scores, r, positions[first + r // group], start)
                 for r in T.serial(count * group):
                     steps.softmax(scores, state, sums, acc, r)
-                steps.add_values(scores, values, acc, count * group, T.min(KEY_BLOCK, end - start))
+                steps.add_values(
+                    scores, values, factors, acc, count * group, T.min(KEY_BLOCK, end - start)
+                )
 
     @T.macro
     def attend_tile(
@@ -215,9 +218,7 @@ def paged_attention(shape: AttentionShape) -> Any:
         num_pages = T.int32()
         starts = T.int32()
         q = T.match_buffer(q_handle, (n, heads, head_dim), "float32")
-        pages = T.match_buffer(
-            pages_handle, (num_pages, 2, kv_heads, page_size * head_dim), kv_dtype
-        )
+        pages = T.match_buffer(pages_handle, (num_pages, 2, kv_heads, page_items), kv_dtype)
         query_start = T.match_buffer(query_start_handle, (starts,), "int32")
         page_table = T.match_buffer(page_table_handle, (batch, max_pages), "int32")
         context_len = T.match_buffer(context_len_handle, (batch,), "int32")

@@ -37,6 +37,7 @@ class AttentionShape:
     scale: float
     window: int  # tokens a query sees, itself included; -1 sees all
     sinks: int = 0  # first tokens that every query sees in spite of the window
+    soft_cap: float = 0.0  # scores become cap * tanh(score / cap); 0 leaves them (Gemma 2)
 
     @property
     def group(self) -> int:
@@ -48,6 +49,16 @@ class AttentionShape:
         """Return how many rows share one load of keys or values in registers."""
         return 3 if self.group % 3 == 0 and self.group % 4 else 4
 
+    @property
+    def is_int8(self) -> bool:
+        """Return whether pages hold int8 codes with a scale for each token."""
+        return self.kv_dtype == "int8"
+
+    @property
+    def page_items(self) -> int:
+        """Return the items of a head's K or V in a page, see `KVCacheLayout`."""
+        return self.page_size * (self.head_dim + 4 if self.is_int8 else self.head_dim)
+
     def padded_rows(self, tokens: int) -> int:
         """Return the rows of a tile of `tokens`, filled up to whole register steps."""
         return -(-tokens * self.group // self.row_step) * self.row_step
@@ -57,11 +68,12 @@ class AttentionShape:
 class BlockSteps:
     """Macros over the buffers of one task.
 
-    load(pages, page_table, keys, values, s, kv_head, start, end): one block as float32, keys
-    (head_dim, 64) and values (64, head_dim). score(q, keys, scores, rows). mask(scores, row,
-    position, start). softmax(scores, state, sums, acc, row): state (rows, 2) is the running
-    maximum and a scratch, sums (rows, 16) the lanes of the running sum. add_values(scores,
-    values, acc, rows, count).
+    load(pages, page_table, keys, values, factors, s, kv_head, start, end): one block as float32,
+    keys (head_dim, 64) and values (64, head_dim); int8 ones stay codes and factors (2, 64) are
+    their scales. score(q, keys, factors, scores, rows). mask(scores, row, position, start).
+    softmax(scores, state, sums, acc, row): state (rows, 2) is the running maximum and a scratch,
+    sums (rows, 16) the lanes of the running sum. add_values(scores, values, factors, acc, rows,
+    count).
     """
 
     load: Any
@@ -74,7 +86,8 @@ class BlockSteps:
 def block_steps(shape: AttentionShape) -> BlockSteps:
     """Return the steps for a shape. Pages must hold 16 tokens: a page of scores is one vector."""
     head_dim, page_size, step = shape.head_dim, shape.page_size, shape.row_step
-    window, sinks = shape.window, shape.sinks
+    window, sinks, soft_cap = shape.window, shape.sinks, shape.soft_cap
+    is_int8 = shape.is_int8
     lanes = vector_lanes(head_dim)
     vectors = head_dim // lanes
     # Vectors of the output that are summed in registers at a time.
@@ -87,6 +100,7 @@ def block_steps(shape: AttentionShape) -> BlockSteps:
         page_table: T.handle,
         keys: T.handle,
         values: T.handle,
+        factors: T.handle,
         s: T.int32,
         kv_head: T.int32,
         start: T.int32,
@@ -100,6 +114,17 @@ def block_steps(shape: AttentionShape) -> BlockSteps:
                         f"float32x{LANES}",
                         pages[page, 0, kv_head, T.ramp(d * page_size, 1, LANES)],
                     )
+                if is_int8:
+                    for side in T.unroll(2):
+                        factors[side, T.ramp(u * LANES, 1, LANES)] = T.reinterpret(
+                            f"float32x{LANES}",
+                            pages[
+                                page,
+                                side,
+                                kv_head,
+                                T.ramp(page_size * head_dim, 1, 4 * page_size),
+                            ],
+                        )
                 for t in T.serial(page_size):
                     for d in T.unroll(vectors):
                         values[u * page_size + t, T.ramp(d * lanes, 1, lanes)] = T.Cast(
@@ -108,7 +133,9 @@ def block_steps(shape: AttentionShape) -> BlockSteps:
                         )
 
     @T.macro
-    def score(q: T.handle, keys: T.handle, scores: T.handle, rows: T.int32) -> None:
+    def score(
+        q: T.handle, keys: T.handle, factors: T.handle, scores: T.handle, rows: T.int32
+    ) -> None:
         dot = T.alloc_buffer((step * KEY_VECTORS, LANES), "float32")
         for r in T.serial((rows + step - 1) // step):
             for i in T.unroll(step * KEY_VECTORS):
@@ -122,9 +149,12 @@ def block_steps(shape: AttentionShape) -> BlockSteps:
                         )
             for i in T.unroll(step):
                 for u in T.unroll(KEY_VECTORS):
-                    scores[r * step + i, T.ramp(u * LANES, 1, LANES)] = dot[
-                        i * KEY_VECTORS + u, T.ramp(0, 1, LANES)
-                    ]
+                    scores[r * step + i, T.ramp(u * LANES, 1, LANES)] = _finish_score(
+                        dot[i * KEY_VECTORS + u, T.ramp(0, 1, LANES)],
+                        factors[0, T.ramp(u * LANES, 1, LANES)],
+                        is_int8,
+                        soft_cap,
+                    )
 
     @T.macro
     def mask(scores: T.handle, row: T.int32, position: T.int32, start: T.int32) -> None:
@@ -168,7 +198,12 @@ def block_steps(shape: AttentionShape) -> BlockSteps:
 
     @T.macro
     def add_values(
-        scores: T.handle, values: T.handle, acc: T.handle, rows: T.int32, count: T.int32
+        scores: T.handle,
+        values: T.handle,
+        factors: T.handle,
+        acc: T.handle,
+        rows: T.int32,
+        count: T.int32,
     ) -> None:
         part = T.alloc_buffer((step * width, lanes), "float32")
         for r in T.serial((rows + step - 1) // step):
@@ -183,7 +218,12 @@ def block_steps(shape: AttentionShape) -> BlockSteps:
                         for v in T.unroll(width):
                             part[i * width + v, T.ramp(0, 1, lanes)] = (
                                 part[i * width + v, T.ramp(0, 1, lanes)]
-                                + splat(scores[r * step + i, t], lanes)
+                                + splat(
+                                    scores[r * step + i, t] * factors[1, t]
+                                    if is_int8
+                                    else scores[r * step + i, t],
+                                    lanes,
+                                )
                                 * values[t, T.ramp((d * width + v) * lanes, 1, lanes)]
                             )
                 for i in T.unroll(step):
@@ -193,6 +233,17 @@ def block_steps(shape: AttentionShape) -> BlockSteps:
                         ]
 
     return BlockSteps(load, score, mask, softmax, add_values)
+
+
+def _finish_score(score: Any, factor: Any, is_int8: bool, soft_cap: float) -> Any:
+    """Return a vector of scores with the scales of its keys and the soft cap applied."""
+    if is_int8:
+        score = score * factor
+    if soft_cap > 0:
+        # tanh(x) = 1 - 2 / (e**2x + 1)
+        ratio = exp(score * splat(T.float32(2 / soft_cap))) + splat(T.float32(1))
+        score = splat(T.float32(soft_cap)) - splat(T.float32(2 * soft_cap)) / ratio
+    return score
 
 
 def _visible(keys: Any, position: Any, window: int, sinks: int) -> Any:

@@ -1,7 +1,7 @@
 """Rotary embedding (Su et al. 2021, half-split form) and the write of K and V into pages.
 
 A page holds K transposed, (head_dim, page_size), so that scores of 16 tokens are one vector, and
-V as (page_size, head_dim). Page tensors are (num_pages, 2, kv_heads, page_size * head_dim).
+V as (page_size, head_dim); int8 pages hold the float32 scales of their tokens after the codes.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from tvm.script import tirx as T
+
+from mlc_llm.kernels.cpu.attention_block import AttentionShape
 
 
 def rope_table(rotary_dim: int, scale: float) -> Any:
@@ -36,71 +38,80 @@ def rope_table(rotary_dim: int, scale: float) -> Any:
     return rope_table_kernel
 
 
-def rope_and_write(
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    rotary_dim: int,
-    page_size: int,
-    kv_dtype: str,
-) -> Any:
+def rope_and_write(shape: AttentionShape, rotary_dim: int) -> Any:
     """Rotate q and k, write k and v into their slots.
 
     qkv (n, (heads + 2 * kv_heads) * head_dim) float32, table (n, rotary_dim), slots (n) int32,
-    pages (num_pages, 2, kv_heads, page_size * head_dim) in place -> q (n, heads, head_dim).
+    pages (see `KVCacheLayout`) in place -> q (n, heads, head_dim). int8 pages get codes of
+    max|x| / 127 over the head, and that scale.
     """
+    num_heads, num_kv_heads, head_dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
+    page_size, kv_dtype, is_int8 = shape.page_size, shape.kv_dtype, shape.is_int8
     half = rotary_dim // 2
     width = (num_heads + 2 * num_kv_heads) * head_dim
     k_start = num_heads * head_dim
     v_start = (num_heads + num_kv_heads) * head_dim
+    page_items = shape.page_items
 
     @T.macro
-    def rotate_q(qkv: T.handle, table: T.handle, q: T.handle, t: T.int32, h: T.int32) -> None:
+    def rotate(qkv: T.handle, table: T.handle, row: T.handle, t: T.int32, base: T.int32) -> None:
+        """row = the rotated head that starts at `base`."""
         for i in T.serial(half):
-            q[t, h, i] = (
-                qkv[t, h * head_dim + i] * table[t, i]
-                - qkv[t, h * head_dim + half + i] * table[t, half + i]
-            )
-            q[t, h, half + i] = (
-                qkv[t, h * head_dim + half + i] * table[t, i]
-                + qkv[t, h * head_dim + i] * table[t, half + i]
+            row[i] = qkv[t, base + i] * table[t, i] - qkv[t, base + half + i] * table[t, half + i]
+            row[half + i] = (
+                qkv[t, base + half + i] * table[t, i] + qkv[t, base + i] * table[t, half + i]
             )
         for i in T.serial(head_dim - rotary_dim):
-            q[t, h, rotary_dim + i] = qkv[t, h * head_dim + rotary_dim + i]
+            row[rotary_dim + i] = qkv[t, base + rotary_dim + i]
 
     @T.macro
-    def write_kv(
-        qkv: T.handle, table: T.handle, pages: T.handle, t: T.int32, h: T.int32, slot: T.int32
+    def write(
+        row: T.handle,
+        pages: T.handle,
+        slot: T.int32,
+        side: T.int32,
+        h: T.int32,
+        token_step: T.meta_var,
+        item_step: T.meta_var,
     ) -> None:
-        page = slot // page_size
-        offset = slot % page_size
-        base = k_start + h * head_dim
-        for i in T.serial(half):
-            pages[page, 0, h, i * page_size + offset] = T.Cast(
-                kv_dtype,
-                qkv[t, base + i] * table[t, i] - qkv[t, base + half + i] * table[t, half + i],
-            )
-            pages[page, 0, h, (half + i) * page_size + offset] = T.Cast(
-                kv_dtype,
-                qkv[t, base + half + i] * table[t, i] + qkv[t, base + i] * table[t, half + i],
-            )
-        for i in T.serial(head_dim - rotary_dim):
-            pages[page, 0, h, (rotary_dim + i) * page_size + offset] = T.Cast(
-                kv_dtype, qkv[t, base + rotary_dim + i]
-            )
+        """Store a row at item i * item_step + token * token_step of its page."""
+        factor = T.alloc_buffer((2,), "float32")
+        factor[1] = T.float32(1)
+        if is_int8:
+            factor[0] = T.float32(0)
+            for i in T.serial(head_dim):
+                factor[0] = T.max(factor[0], T.abs(row[i]))
+            factor[1] = T.Select(factor[0] > T.float32(0), T.float32(127) / factor[0], T.float32(0))
+            for byte in T.serial(4):
+                pages[
+                    slot // page_size,
+                    side,
+                    h,
+                    page_size * head_dim + slot % page_size * 4 + byte,
+                ] = T.Cast(
+                    "int8",
+                    T.shift_right(T.reinterpret("int32", factor[0] * T.float32(1 / 127)), 8 * byte),
+                )
         for i in T.serial(head_dim):
-            pages[page, 1, h, offset * head_dim + i] = T.Cast(
-                kv_dtype, qkv[t, v_start + h * head_dim + i]
+            pages[slot // page_size, side, h, i * item_step + slot % page_size * token_step] = (
+                T.Cast(kv_dtype, T.nearbyint(row[i] * factor[1]) if is_int8 else row[i])
             )
 
     @T.macro
     def one_token(
         qkv: T.handle, table: T.handle, slots: T.handle, pages: T.handle, q: T.handle, t: T.int32
     ) -> None:
+        row = T.alloc_buffer((head_dim,), "float32")
         for h in T.serial(num_heads):
-            rotate_q(qkv, table, q, t, h)
+            rotate(qkv, table, row, t, h * head_dim)
+            for i in T.serial(head_dim):
+                q[t, h, i] = row[i]
         for h in T.serial(num_kv_heads):
-            write_kv(qkv, table, pages, t, h, slots[t])
+            rotate(qkv, table, row, t, k_start + h * head_dim)
+            write(row, pages, slots[t], 0, h, 1, page_size)
+            for i in T.serial(head_dim):
+                row[i] = qkv[t, v_start + h * head_dim + i]
+            write(row, pages, slots[t], 1, h, head_dim, 1)
 
     @T.prim_func(private=True, s_tir=True)
     def rope_and_write_kernel(
@@ -116,9 +127,7 @@ def rope_and_write(
         qkv = T.match_buffer(qkv_handle, (n, width), "float32")
         table = T.match_buffer(table_handle, (n, rotary_dim), "float32")
         slots = T.match_buffer(slots_handle, (n,), "int32")
-        pages = T.match_buffer(
-            pages_handle, (num_pages, 2, num_kv_heads, page_size * head_dim), kv_dtype
-        )
+        pages = T.match_buffer(pages_handle, (num_pages, 2, num_kv_heads, page_items), kv_dtype)
         q = T.match_buffer(q_handle, (n, num_heads, head_dim), "float32")
         if n < 4:
             for t in T.serial(n):

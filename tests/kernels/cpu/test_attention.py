@@ -27,6 +27,9 @@ SHAPES = {
     "window longer than a block": dataclasses.replace(GQA, window=70),
     "window and sinks": dataclasses.replace(GQA, window=8, sinks=4),
     "sinks over blocks": dataclasses.replace(GQA, window=3, sinks=67),
+    "soft cap": dataclasses.replace(GQA, soft_cap=1.5),
+    "int8": dataclasses.replace(GQA, kv_dtype="int8"),
+    "int8, odd sizes": AttentionShape(3, 1, 20, PAGE, "int8", 0.2, -1),
 }
 
 
@@ -42,11 +45,17 @@ class Step:
         # Slots that hold no token may hold anything, even this.
         kv = np.full((sum(counts) + 3, 2, shape.num_kv_heads, PAGE * shape.head_dim), np.nan)
         self.keys, self.values = [], []
+        self.scales = np.full((sum(counts) + 3, 2, shape.num_kv_heads, PAGE), np.nan, np.float32)
         for row, (context, _) in enumerate(work):
             size = (2, context, shape.num_kv_heads, shape.head_dim)
-            keys, values = rng.standard_normal(size).astype(kv_dtype)
-            self.keys.append(keys.astype(np.float64))
-            self.values.append(values.astype(np.float64))
+            if shape.is_int8:
+                keys, values = rng.integers(-127, 128, size).astype(np.float64)
+                factors = rng.uniform(0.005, 0.02, (*size[:3], 1)).astype(np.float32)
+            else:
+                keys, values = rng.standard_normal(size).astype(kv_dtype)
+                factors = np.ones((*size[:3], 1), np.float32)
+            self.keys.append(keys.astype(np.float64) * factors[0])
+            self.values.append(values.astype(np.float64) * factors[1])
             for place in range(counts[row]):
                 page = self.page_table[row, place] = next(order)
                 part = slice(place * PAGE, min((place + 1) * PAGE, context))
@@ -55,7 +64,8 @@ class Step:
                 v = kv[page, 1].reshape(shape.num_kv_heads, PAGE, shape.head_dim)
                 k[:, :, :length] = keys[part].transpose(1, 2, 0)
                 v[:, :length] = values[part].transpose(1, 0, 2)
-        self.pages = kv.astype(kv_dtype)
+                self.scales[page, :, :, :length] = factors[:, part, :, 0].transpose(0, 2, 1)
+        self.pages = int8_pages(kv, self.scales) if shape.is_int8 else kv.astype(kv_dtype)
         new = [count for _, count in work]
         self.query_start = np.cumsum([0, *new]).astype(np.int32)
         self.context_len = np.asarray([context for context, _ in work], np.int32)
@@ -91,9 +101,17 @@ class Step:
         keys = np.repeat(self.keys[row][sees], group, axis=1)
         values = np.repeat(self.values[row][sees], group, axis=1)
         scores = np.einsum("hd,khd->hk", q.astype(np.float64), keys) * self.shape.scale
+        if self.shape.soft_cap:
+            scores = self.shape.soft_cap * np.tanh(scores / self.shape.soft_cap)
         weights = np.exp(scores - scores.max(axis=1, keepdims=True))
         weights /= weights.sum(axis=1, keepdims=True)
         return np.einsum("hk,khd->hd", weights, values)
+
+
+def int8_pages(codes, scales):
+    """Return pages as the int8 cache stores them: codes, then the bytes of the scales."""
+    stored = np.nan_to_num(codes, nan=99).astype(np.int8)
+    return np.concatenate([stored, scales.view(np.int8)], axis=-1)
 
 
 def visible(shape, keys, position):

@@ -5,6 +5,7 @@ import pytest
 
 from mlc_llm.artifact import numpy_dtype
 from mlc_llm.kernels.cpu import rope
+from mlc_llm.kernels.cpu.attention_block import AttentionShape
 from mlc_llm.runtime.memory import aligned_zeros
 
 pytestmark = pytest.mark.cpu
@@ -39,7 +40,8 @@ def test_table(build, rotary_dim, scale):
 )
 @pytest.mark.parametrize("n", [1, 21])
 def test_rotate_and_write(build, rng, heads, kv_heads, head_dim, rotary_dim, kv_dtype, n):
-    kernel = build(rope.rope_and_write(heads, kv_heads, head_dim, rotary_dim, PAGE, kv_dtype))
+    shape = AttentionShape(heads, kv_heads, head_dim, PAGE, kv_dtype, 1.0, -1)
+    kernel = build(rope.rope_and_write(shape, rotary_dim))
     width = (heads + 2 * kv_heads) * head_dim
     qkv = rng.standard_normal((n, width)).astype(np.float32)
     angles = rng.uniform(-7, 7, (n, rotary_dim // 2))
@@ -60,3 +62,30 @@ def test_rotate_and_write(build, rng, heads, kv_heads, head_dim, rotary_dim, kv_
     values[page, :, offset] = parts[:, heads + kv_heads :]
     tolerance = 1e-3 if kv_dtype == "float16" else 1e-6
     np.testing.assert_allclose(pages.astype(np.float64), expected, rtol=tolerance, atol=2e-6)
+
+
+def test_int8_pages_hold_codes_and_scales(build, rng):
+    shape = AttentionShape(2, 2, 12, PAGE, "int8", 1.0, -1)
+    kernel = build(rope.rope_and_write(shape, 12))
+    n = 5
+    qkv = rng.standard_normal((n, 6 * 12)).astype(np.float32)
+    qkv[3] = 0
+    table = np.concatenate([np.ones((n, 6)), np.zeros((n, 6))], axis=1).astype(np.float32)
+    slots = np.asarray([3, 17, 31, 0, 15], np.int32)
+    pages = aligned_zeros((2, 2, 2, shape.page_items), np.int8)
+    kernel(qkv, table, slots, pages, shape=(n, 2, 12))
+    codes = pages[..., : PAGE * 12]
+    scales = np.ascontiguousarray(pages[..., PAGE * 12 :]).view(np.float32)
+    parts = qkv.reshape(n, 6, 12)
+    for token, slot in enumerate(slots):
+        page, offset = divmod(int(slot), PAGE)
+        for head in range(2):
+            stored = (
+                codes[page, 0, head].reshape(12, PAGE)[:, offset],
+                codes[page, 1, head].reshape(PAGE, 12)[offset],
+            )
+            for side, row in enumerate((parts[token, 2 + head], parts[token, 4 + head])):
+                scale = np.abs(row).max() / np.float32(127)
+                np.testing.assert_allclose(scales[page, side, head, offset], scale, rtol=1e-6)
+                restored = stored[side].astype(np.float32) * scales[page, side, head, offset]
+                assert np.abs(restored - row).max() <= 0.5001 * scale
