@@ -185,6 +185,7 @@ def _describe(
         target=described["target"],
         isa=described["isa"],
         compiler_version=packages.version("apache-tvm"),
+        model_config=shape.to_json(),
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
+import struct
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +17,12 @@ from typing import Any
 
 from mlc_llm.artifact import LibraryMetadata
 from mlc_llm.device import export_num_threads, host_cpu
-from mlc_llm.errors import LibraryError, LibraryMismatch, ModelNotFound
+from mlc_llm.errors import CorruptFile, LibraryError, LibraryMismatch, ModelNotFound
 
 METADATA_NAME = "metadata.json"
 _CPU, _POOLED, _NAIVE = 1, 2, 1
+# Of a 64-bit header: offset of the section table, bytes of an entry, number of entries.
+_ELF64 = struct.Struct("<40xQ10xHH2x")
 
 
 @dataclass(frozen=True)
@@ -104,14 +107,31 @@ def _load_objects(directory: Path) -> Any:
 
 
 def _load_shared(path: Path) -> Any:
+    _check_elf_size(path)
     tvm_ffi = _load_runtime()
     try:
-        return tvm_ffi.load_module(str(path))
+        # The system's loader would look for a bare file name in its own directories.
+        return tvm_ffi.load_module(str(path.absolute()))
     except (RuntimeError, ValueError, OSError) as error:
         raise LibraryError(
             f"{path} cannot be loaded as a library ({_last_line(error)}); compile it again on "
             "this kind of machine"
         ) from None
+
+
+def _check_elf_size(path: Path) -> None:
+    """Raise CorruptFile for a truncated ELF file: the system's loader would crash on it."""
+    with path.open("rb") as stream:
+        header = stream.read(_ELF64.size)
+    if len(header) < _ELF64.size or header[:6] != b"\x7fELF\x02\x01":
+        return
+    table_offset, entry_bytes, num_entries = _ELF64.unpack(header)
+    end = table_offset + entry_bytes * num_entries  # linkers put this table last
+    if end > path.stat().st_size:
+        raise CorruptFile(
+            f"{path} is truncated: it has {path.stat().st_size:,} bytes of at least {end:,}; "
+            "compile it again"
+        )
 
 
 def _metadata_of(module: Any, path: Path) -> LibraryMetadata:

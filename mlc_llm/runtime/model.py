@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlc_llm.artifact import LibraryMetadata, numpy_dtype
+from mlc_llm.errors import DeviceError
 from mlc_llm.runtime.library import Library
 from mlc_llm.runtime.memory import aligned_zeros, as_array, as_tensor
 from mlc_llm.runtime.runner import Step
@@ -28,10 +29,18 @@ class CompiledRunner:
         self._parameters = tvm_ffi.Array([as_tensor(array) for array in parameters])
         layout = self._metadata.kv_cache
         # Zeros are not touched here: memory is taken page by page as the context grows.
-        pages = [
-            aligned_zeros(layout.page_shape(num_pages), numpy_dtype(layout.dtype))
-            for _ in range(layout.num_layers)
-        ]
+        try:
+            pages = [
+                aligned_zeros(layout.page_shape(num_pages), numpy_dtype(layout.dtype))
+                for _ in range(layout.num_layers)
+            ]
+        except MemoryError:
+            num_tokens = num_pages * layout.page_size
+            raise DeviceError(
+                f"the KV cache of {num_tokens:,} tokens takes "
+                f"{num_tokens * layout.bytes_per_token / 2**30:,.1f} GiB, more than there is; "
+                "lower context_window_size with --overrides"
+            ) from None
         self._pages = tvm_ffi.Array([as_tensor(array) for array in pages])
         self._forward: Any = library.open_machine()["forward"]
 

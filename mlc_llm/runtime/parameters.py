@@ -69,6 +69,7 @@ def _cache_path(artifact: Path, library: Library) -> Path | None:
 def _pack(artifact: Path, library: Library) -> list[NDArray[Any]]:
     index = read_tensor_index(artifact)
     index.check(library.metadata.params, str(artifact))
+    index.verify_checksums()
     arrays = (index.read(spec.name).view(np.ndarray) for spec in library.metadata.params)
     return pack_parameters(library, arrays)
 
