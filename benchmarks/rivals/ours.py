@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from engine import EngineFailed, Finished, Measure, Shape, run_process
+from engine import Finished, Measure, Shape, run_process
 
 _ROOT = Path(__file__).parents[2]
 _QUANTIZATION = "q4f16_1"
@@ -37,7 +37,7 @@ class MlcLlm:
 
     def weight_bytes(self, shape: Shape) -> int:
         """Return the bytes of the quantized tensors, from a report of `bench`."""
-        report = self._bench(shape, Measure("size", "decode", tokens=1, context=1), threads=1)[0]
+        report = self._bench(shape, Measure("size", "decode", tokens=1, context=1), threads=1)
         return int(report["weight_bytes"])
 
     def measure(self, shape: Shape, measure: Measure, threads: int) -> list[float]:
@@ -46,29 +46,26 @@ class MlcLlm:
             return [self._answer(shape).first_output_s for _ in range(measure.repeats)]
         if measure.kind == "compile":
             return [self._compile(shape).seconds]
-        report, finished = self._bench(shape, measure, threads)
+        report = self._bench(shape, measure, threads)
         if measure.kind == "memory":
-            return [finished.peak_rss_bytes / 1e6]
-        for entry in report["measurements"]:
-            if entry["name"] == measure.kind and entry["batch"] == measure.batch:
-                return [float(figure) for figure in entry["runs"]]
-        raise EngineFailed(f"bench reports no {measure.kind}: {report['measurements']}")
+            # Not the peak seen from here, which counts the child that measures bandwidth.
+            return [int(report["peak_rss_bytes"]) / 1e6]
+        (entry,) = report["measurements"]
+        return [measure.batch * measure.tokens / float(seconds) for seconds in entry["runs"]]
 
-    def _bench(
-        self, shape: Shape, measure: Measure, threads: int
-    ) -> tuple[dict[str, Any], Finished]:
+    def _bench(self, shape: Shape, measure: Measure, threads: int) -> dict[str, Any]:
         report = self._home / "bench.json"
         report.unlink(missing_ok=True)
         lengths = ["--prefill", measure.tokens, "--decode", 0]
         if measure.kind != "prefill":
             lengths = ["--prefill", 0, "--decode", measure.tokens]
             lengths += ["--batch", measure.batch, "--context", measure.context]
-        finished = self._run(
+        self._run(
             *("bench", shape.checkpoint, "--quantization", _QUANTIZATION, *lengths),
             *("--repeats", measure.repeats, "--threads", threads, "--json", report),
         )
         data: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
-        return data, finished
+        return data
 
     def _answer(self, shape: Shape) -> Finished:
         return self._run(
