@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlc_llm.artifact import find_tensor_index, numpy_dtype, read_tensor_index
-from mlc_llm.errors import ModelNotFound
+from mlc_llm.errors import ModelNotFound, UnsupportedModel
 from mlc_llm.runtime.library import Library
 from mlc_llm.runtime.memory import as_aligned, as_array, as_tensor
 
@@ -124,11 +124,12 @@ def _map_packed(path: Path) -> list[NDArray[Any]] | None:
             if header["format"] != _FORMAT or header["size"] != path.stat().st_size:
                 return None
             mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
-    except (OSError, ValueError, KeyError, TypeError):
+        return [_array_in(mapped, *record) for record in header["arrays"]]
+    except (OSError, ValueError, KeyError, TypeError, UnsupportedModel):
         return None
-    arrays = []
-    for shape, dtype_name, offset in header["arrays"]:
-        dtype = numpy_dtype(dtype_name)
-        count = int(np.prod(shape, dtype=np.int64))
-        arrays.append(np.frombuffer(mapped, dtype, count, offset).reshape(shape))
-    return arrays
+
+
+def _array_in(mapped: mmap.mmap, shape: list[int], dtype_name: str, offset: int) -> NDArray[Any]:
+    count = int(np.prod(shape, dtype=np.int64))
+    array: NDArray[Any] = np.frombuffer(mapped, numpy_dtype(dtype_name), count, offset)
+    return array.reshape(shape)
