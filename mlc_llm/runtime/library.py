@@ -88,7 +88,9 @@ def _read_directory_metadata(directory: Path) -> LibraryMetadata:
     path = directory / METADATA_NAME
     if not path.is_file():
         raise LibraryError(f"{directory} is not a compiled library: it has no {METADATA_NAME}")
-    return LibraryMetadata.from_json(path.read_text(encoding="utf-8"), str(path))
+    # Bytes that are no text become characters that JSON refuses.
+    text = path.read_text(encoding="utf-8", errors="replace")
+    return LibraryMetadata.from_json(text, str(path))
 
 
 def _load_objects(directory: Path) -> Any:
