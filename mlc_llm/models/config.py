@@ -129,7 +129,9 @@ class DecoderConfig:
                 )
             allows_off = name in ("sliding_window_size", "attention_sink_size")
             if name != "kv_cache_dtype" and (
-                not isinstance(value, int) or value < (-1 if allows_off else 1)
+                not isinstance(value, int)
+                or isinstance(value, bool)
+                or value < (-1 if allows_off else 1)
             ):
                 raise OptionError(f"override {name}={value!r} must be a positive whole number")
         merged = {**overrides}
