@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlc_llm.artifact import KVCacheLayout, LibraryMetadata
-from mlc_llm.runtime.runner import Step
+from mlc_llm.runtime.runner import SampleRows, Step
 
 Logits = NDArray[np.float32]
 VOCAB_SIZE = 512
@@ -91,6 +91,10 @@ class FakeRunner:
         self._tokens[step.slots] = step.token_ids
         return np.stack([self.logits_of(self._sequence_of(step, int(r))) for r in step.logit_rows])
 
+    def sample(self, logits: Logits, rows: SampleRows) -> NDArray[np.int32]:
+        """Sample by sorting, the plain way."""
+        return np.asarray([_draw(row, rows, i) for i, row in enumerate(logits)], np.int32)
+
     def close(self) -> None:
         """Remember that it was closed."""
         self.is_closed = True
@@ -119,3 +123,15 @@ class FakeRunner:
             pages = step.page_table[owner, positions // PAGE_SIZE]
             slots = pages * PAGE_SIZE + positions % PAGE_SIZE
             assert step.slots[first:end].tolist() == slots.tolist()
+
+
+def _draw(logits: Logits, rows: SampleRows, row: int) -> int:
+    weights = np.exp((logits - logits.max()).astype(np.float64) / rows.temperature[row])
+    order = np.argsort(-weights, kind="stable")
+    sums = np.cumsum(weights[order])
+    kept = order[: int(np.searchsorted(sums, rows.top_p[row] * sums[-1])) + 1]
+    assert rows.top_k[row] == 0 and rows.min_p[row] == 0
+    chosen = np.zeros(len(weights))
+    chosen[kept] = weights[kept]
+    sums = np.cumsum(chosen)
+    return int(np.searchsorted(sums, rows.uniform[row] * sums[-1], side="right"))

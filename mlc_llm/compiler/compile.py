@@ -21,7 +21,7 @@ from mlc_llm.artifact import (
     write_atomically,
 )
 from mlc_llm.compiler.pipeline import PACK_FUNCTION, phases, temporary_bytes
-from mlc_llm.compiler.target import describe_target
+from mlc_llm.compiler.target import describe_target, host_triple
 from mlc_llm.errors import CompileError, LinkerNotFound
 from mlc_llm.kernels.cpu.isa import find_isa
 from mlc_llm.models.base import CausalLM
@@ -31,6 +31,7 @@ from mlc_llm.quantization.schemes import get_scheme
 
 METADATA_NAME = "metadata.json"
 _LINKERS = ("c++", "g++", "clang++", "cc", "gcc", "clang")
+_LINUX = "unknown-linux-gnu"
 
 logger = logging.getLogger(__name__)
 
@@ -65,12 +66,7 @@ class CompiledModel:
 
     def link(self, path: Path) -> None:
         """Write a shared library, whole or not at all. Raises LinkerNotFound, CompileError."""
-        linker = next((found for name in _LINKERS if (found := shutil.which(name))), None)
-        if linker is None:
-            raise LinkerNotFound(
-                f"{path} needs a linker and none of {', '.join(_LINKERS)} is installed; install "
-                "one (Debian: apt install g++), or let `chat` compile by itself, which needs none"
-            )
+        linker = _find_linker(self.metadata.target["mtriple"], path)
         temporary = path.with_name(f".{path.name}.tmp{path.suffix}")
         try:
             self.executable.export_library(str(temporary), cc=linker)
@@ -96,6 +92,30 @@ class CompiledModel:
                 f"in all            {_mib(total)}  (context of {context} tokens)",
             )
         )
+
+
+def _find_linker(triple: str, path: Path) -> str:
+    """Return the linker of code for a triple, this machine's or another's."""
+    names, advice = (
+        _LINKERS,
+        (
+            "install one (Debian: apt install g++), or let `chat` compile by itself, which needs none"
+        ),
+    )
+    if triple != host_triple():
+        arch, _, system = triple.partition("-")
+        if system != _LINUX or not host_triple().endswith(_LINUX):
+            raise LinkerNotFound(
+                f"{path} is for {triple} and can only be linked on such a machine; compile it there"
+            )
+        names = (f"{arch}-linux-gnu-g++", f"{arch}-linux-gnu-gcc")
+        advice = f"install one (Debian: apt install g++-{arch.replace('_', '-')}-linux-gnu)"
+    linker = next((found for name in names if (found := shutil.which(name))), None)
+    if linker is None:
+        raise LinkerNotFound(
+            f"{path} needs a linker and none of {', '.join(names)} is installed; {advice}"
+        )
+    return linker
 
 
 def _mib(size: int) -> str:

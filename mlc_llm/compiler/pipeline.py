@@ -43,14 +43,15 @@ def phases(bounds: Mapping[str, int]) -> list[tuple[str, list[Any]]]:
 @tvm.transform.module_pass(opt_level=0, name="LiftPacking")  # type: ignore[untyped-decorator]
 def lift_packing(mod: tvm.IRModule, _: tvm.transform.PassContext) -> tvm.IRModule:
     """Move what depends on weights alone into `pack_params`: portable tuple -> packed tuple."""
-    mod = transform.LiftTransformParams()(mod)
-    pack = mod[_LIFTED].without_attr("num_input").with_attr("global_symbol", PACK_FUNCTION)
-    rest = tvm.IRModule({"forward": mod["forward"]})
-    forward = transform.BundleModelParams()(rest)["forward"]
-    functions = {
+    kernels = {
         var: func for var, func in mod.functions.items() if isinstance(func, tvm.tirx.PrimFunc)
     }
-    functions[mod.get_global_var("forward")] = forward
+    alone = tvm.IRModule({**kernels, mod.get_global_var("forward"): mod["forward"]})
+    lifted = transform.LiftTransformParams()(alone)
+    pack = lifted[_LIFTED].without_attr("num_input").with_attr("global_symbol", PACK_FUNCTION)
+    forward = transform.BundleModelParams()(tvm.IRModule({"forward": lifted["forward"]}))
+    functions = dict(mod.functions.items())
+    functions[mod.get_global_var("forward")] = forward["forward"]
     functions[tvm.ir.GlobalVar(PACK_FUNCTION)] = pack
     return tvm.IRModule(functions, attrs=mod.attrs)
 

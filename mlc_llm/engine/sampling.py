@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from mlc_llm.artifact import ChatConfig
 from mlc_llm.errors import OptionError
+from mlc_llm.runtime.runner import ModelRunner, SampleRows
 
 # Below this temperature the most likely token is taken.
 GREEDY_TEMPERATURE = 1e-5
@@ -71,7 +72,8 @@ def _check_count(name: str, value: int | None, low: int) -> None:
         raise OptionError(f"{name} must be a whole number of at least {low}, is {value!r}")
 
 
-def sample(
+def choose_token(
+    runner: ModelRunner,
     logits: NDArray[np.float32],
     params: SamplingParams,
     prompt: Sequence[int],
@@ -86,34 +88,14 @@ def sample(
     logits = _penalize(logits, params, prompt, generated)
     if params.temperature < GREEDY_TEMPERATURE or params.top_p == 0.0:
         return int(np.argmax(logits))
-    scaled = (logits - logits.max()).astype(np.float64) / params.temperature
-    weights = np.exp(scaled)
-    if params.top_p >= 1.0:
-        return _draw(weights, np.arange(len(weights)), random)
-    total = float(weights.sum())
-    order = _nucleus(weights, params.top_p * total)
-    return _draw(weights[order], order, random)
-
-
-def _nucleus(weights: NDArray[np.float64], mass: float) -> NDArray[np.int64]:
-    """Return the fewest tokens, most likely first, whose weights reach `mass`."""
-    count = min(256, len(weights))
-    while True:
-        # A partial sort is enough nearly always; it grows until the mass is reached.
-        top = np.argpartition(weights, -count)[-count:]
-        top = top[np.argsort(-weights[top], kind="stable")]
-        sums = np.cumsum(weights[top])
-        if sums[-1] >= mass or count == len(weights):
-            return top[: int(np.searchsorted(sums, mass)) + 1]
-        count = min(count * 4, len(weights))
-
-
-def _draw(
-    weights: NDArray[np.float64], tokens: NDArray[np.int64], random: np.random.Generator
-) -> int:
-    sums = np.cumsum(weights)
-    place = int(np.searchsorted(sums, random.random() * sums[-1], side="right"))
-    return int(tokens[min(place, len(tokens) - 1)])
+    rows = SampleRows(
+        temperature=np.asarray([params.temperature], np.float32),
+        top_p=np.asarray([params.top_p], np.float32),
+        min_p=np.zeros(1, np.float32),
+        top_k=np.zeros(1, np.int32),
+        uniform=np.asarray([random.random()]),
+    )
+    return int(runner.sample(logits[None], rows)[0])
 
 
 def _penalize(

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from mlc_llm.artifact import ChatConfig, LibraryMetadata, read_chat_config
 from mlc_llm.device import parse_device
 from mlc_llm.engine.metrics import EngineMetrics, RequestStats
-from mlc_llm.engine.sampling import SamplingParams, sample
+from mlc_llm.engine.sampling import SamplingParams, choose_token
 from mlc_llm.errors import ContextTooLong, LibraryMismatch, OptionError, RequestError
 from mlc_llm.runtime.library import load_library
 from mlc_llm.runtime.pages import PagedSequence, PagePool
@@ -157,7 +157,7 @@ class ChatSession:
         try:
             logits = self._prefill(prompt, stats)
             while True:
-                token = sample(logits, params, prompt, generated, random)
+                token = choose_token(self._runner, logits, params, prompt, generated, random)
                 now = time.perf_counter()
                 if not generated:
                     stats.prefill_s, start = now - start, now
@@ -257,9 +257,8 @@ def check_library(
         elif name in _COMPILED:
             found = getattr(metadata, name)
         else:
-            raise OptionError(
-                f"override {name!r} is not known; known: {', '.join((*_COMPILED, 'kv_cache_dtype'))}"
-            )
+            known = ", ".join((*_COMPILED, "kv_cache_dtype"))
+            raise OptionError(f"override {name!r} is not known; known: {known}")
         if found != value:
             raise OptionError(
                 f"{where} was compiled with {name}={found}, the override says {value}; "

@@ -78,8 +78,20 @@ class CausalLM(nn.Module):
         head = self.model.embed_tokens.logits if self.config.tie_word_embeddings else self.lm_head
         return head(hidden), kv.pages
 
+    def sample(
+        self,
+        logits: nn.Tensor,
+        temperature: nn.Tensor,
+        top_p: nn.Tensor,
+        min_p: nn.Tensor,
+        top_k: nn.Tensor,
+        uniform: nn.Tensor,
+    ) -> nn.Tensor:
+        """Choose a token for each row of logits (r, v): (r) int32, see `runner.SampleRows`."""
+        return ops.sample(logits, temperature, top_p, min_p, top_k, uniform)
+
     def export_spec(self) -> spec.ModuleSpec:
-        """Return the signature of `forward` for the exporter, with symbolic sizes."""
+        """Return the signatures of the entries for the exporter, with symbolic sizes."""
         layout = self.kv_layout()
         page_shape = ["num_pages", *layout.page_shape(0)[1:]]
         pages = [spec.Tensor(page_shape, layout.dtype) for _ in range(layout.num_layers)]
@@ -94,7 +106,15 @@ class CausalLM(nn.Module):
             "kv_pages": pages,
             "$": {"param_mode": "plain", "effect_mode": "none"},
         }
-        return spec.ModuleSpec.from_raw({"forward": entry}, self)
+        row_settings = ("temperature", "top_p", "min_p")
+        sample = {
+            "logits": spec.Tensor(["r", "v"], "float32"),
+            **{name: spec.Tensor(["r"], "float32") for name in row_settings},
+            "top_k": spec.Tensor(["r"], "int32"),
+            "uniform": spec.Tensor(["r"], "float64"),
+            "$": {"param_mode": "none", "effect_mode": "none"},
+        }
+        return spec.ModuleSpec.from_raw({"forward": entry, "sample": sample}, self)
 
 
 def build_decoder(

@@ -12,7 +12,15 @@ from typing import Any, Literal
 
 from tvm.relax.frontend import nn
 
-from mlc_llm.kernels.cpu import activations, elementwise, group_linear, int8_linear, linear, rope
+from mlc_llm.kernels.cpu import (
+    activations,
+    elementwise,
+    group_linear,
+    int8_linear,
+    linear,
+    rope,
+    sampling,
+)
 from mlc_llm.kernels.cpu import attention as attention_kernels
 from mlc_llm.kernels.cpu.activations import Int8Shape, Source
 from mlc_llm.kernels.cpu.attention import AttentionShape
@@ -220,3 +228,16 @@ def paged_attention(
     args = [q, pages, query_start, page_table, context_len, positions]
     width = shape.num_heads * shape.head_dim
     return _emit("paged_attention", kernel, args, [q.shape[0], width])
+
+
+def sample(
+    logits: nn.Tensor,
+    temperature: nn.Tensor,
+    top_p: nn.Tensor,
+    min_p: nn.Tensor,
+    top_k: nn.Tensor,
+    uniform: nn.Tensor,
+) -> nn.Tensor:
+    """Return one token a row, (r) int32; see `kernels.cpu.sampling.sample`."""
+    args = [logits, temperature, top_p, min_p, top_k, uniform]
+    return _emit("sample", _kernel(sampling.sample), args, [logits.shape[0]], "int32")

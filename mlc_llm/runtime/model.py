@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from mlc_llm.artifact import LibraryMetadata, numpy_dtype
 from mlc_llm.errors import DeviceError
 from mlc_llm.runtime.library import Library
-from mlc_llm.runtime.memory import aligned_zeros, as_array, as_tensor
-from mlc_llm.runtime.runner import Step
+from mlc_llm.runtime.memory import aligned_zeros, as_aligned, as_array, as_tensor
+from mlc_llm.runtime.runner import SampleRows, Step
 
 
 class CompiledRunner:
@@ -42,7 +42,9 @@ class CompiledRunner:
                 "lower context_window_size with --overrides"
             ) from None
         self._pages = tvm_ffi.Array([as_tensor(array) for array in pages])
-        self._forward: Any = library.open_machine()["forward"]
+        machine = library.open_machine()
+        self._forward: Any = machine["forward"]
+        self._sample: Any = machine["sample"]
 
     @property
     def metadata(self) -> LibraryMetadata:
@@ -69,6 +71,13 @@ class CompiledRunner:
         logits = self._forward(*inputs, self._pages, self._parameters)[0]
         return as_array(logits)
 
+    def sample(self, logits: NDArray[np.float32], rows: SampleRows) -> NDArray[np.int32]:
+        """Choose a token for each row of logits (r, v): (r) int32."""
+        settings = (rows.temperature, rows.top_p, rows.min_p, rows.top_k, rows.uniform)
+        inputs = [as_tensor(as_aligned(array)) for array in (logits, *settings)]
+        tokens: NDArray[np.int32] = as_array(self._sample(*inputs))
+        return tokens
+
     def touch_pages(self) -> None:
         """Write zeros to all pages: memory that was never written costs nothing to read."""
         for page in self._pages:
@@ -76,7 +85,7 @@ class CompiledRunner:
 
     def close(self) -> None:
         """Free the model's memory; the runner cannot be used afterwards."""
-        self._forward = self._pages = self._parameters = None
+        self._forward = self._sample = self._pages = self._parameters = None
 
 
 def _aligned_int32(array: NDArray[np.int32]) -> NDArray[np.int32]:

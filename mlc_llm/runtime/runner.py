@@ -30,6 +30,21 @@ class Step:
     logit_rows: NDArray[np.int32]
 
 
+@dataclass(frozen=True)
+class SampleRows:
+    """How each row of logits is sampled. All arrays (r).
+
+    temperature (below 1e-5 is greedy), top_p and min_p (0 for none): float32. top_k: int32, 0 for
+    all. uniform: float64 in [0, 1), the draw.
+    """
+
+    temperature: NDArray[np.float32]
+    top_p: NDArray[np.float32]
+    min_p: NDArray[np.float32]
+    top_k: NDArray[np.int32]
+    uniform: NDArray[np.float64]
+
+
 class ModelRunner(Protocol):
     """A model ready to run steps on its own KV pages."""
 
@@ -43,6 +58,9 @@ class ModelRunner(Protocol):
 
     def forward(self, step: Step) -> NDArray[Any]:
         """Run a step; returns logits (r, vocab) float32, valid until the next step."""
+
+    def sample(self, logits: NDArray[np.float32], rows: SampleRows) -> NDArray[np.int32]:
+        """Choose a token for each row of logits (r, v): (r) int32."""
 
     def close(self) -> None:
         """Free the model's memory."""

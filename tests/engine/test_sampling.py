@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fakes import FakeRunner
 
 from mlc_llm.artifact import ChatConfig
-from mlc_llm.engine.sampling import SamplingParams, sample
+from mlc_llm.engine.sampling import SamplingParams, choose_token
 from mlc_llm.errors import OptionError
 
 VOCAB = 40
@@ -24,7 +25,9 @@ def logits() -> np.ndarray:
 def draw(logits: np.ndarray, count: int, seed: int = 0, **params: Any) -> Counter[int]:
     random = np.random.default_rng(seed)
     settings = SamplingParams(**params)
-    return Counter(sample(logits, settings, [], [], random) for _ in range(count))
+    return Counter(
+        choose_token(FakeRunner(), logits, settings, [], [], random) for _ in range(count)
+    )
 
 
 def softmax(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
@@ -86,7 +89,9 @@ def test_top_p_of_a_flat_large_vocabulary() -> None:
 def test_seed_decides(logits) -> None:
     def answer(seed: int) -> list[int]:
         random = np.random.default_rng(seed)
-        return [sample(logits, SamplingParams(), [], [], random) for _ in range(30)]
+        return [
+            choose_token(FakeRunner(), logits, SamplingParams(), [], [], random) for _ in range(30)
+        ]
 
     assert answer(1) == answer(1) != answer(2)
 
@@ -109,7 +114,7 @@ def test_penalties_equal_naive_ones(logits, changes) -> None:
         prompt = rng.integers(0, VOCAB, 6).tolist()
         generated = rng.integers(0, VOCAB, rng.integers(0, 12)).tolist()
         expected = int(np.argmax(penalized(logits, params, prompt, generated)))
-        assert sample(logits, params, prompt, generated, rng) == expected
+        assert choose_token(FakeRunner(), logits, params, prompt, generated, rng) == expected
     np.testing.assert_array_equal(logits, before)
 
 
@@ -117,7 +122,9 @@ def test_penalties_shift_frequencies(logits) -> None:
     params = SamplingParams(presence_penalty=1.0, frequency_penalty=0.5)
     random = np.random.default_rng(2)
     generated = [3, 3, 5]
-    counts = Counter(sample(logits, params, [], generated, random) for _ in range(20_000))
+    counts = Counter(
+        choose_token(FakeRunner(), logits, params, [], generated, random) for _ in range(20_000)
+    )
     expected = softmax(np.asarray(penalized(logits, params, [], generated)))
     check_frequencies(counts, expected)
 
