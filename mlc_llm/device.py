@@ -11,6 +11,7 @@ import math
 import os
 import platform
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +30,46 @@ _X86_EXTRAS = {
 _ARM_EXTRAS = {"ASIMDDP": "dotprod", "ASIMDHP": "fullfp16"}
 # x86-64 psABI levels by the NumPy feature that stands for each.
 _X86_LEVELS = (("X86_V4", "x86-64-v4"), ("X86_V3", "x86-64-v3"), ("X86_V2", "x86-64-v2"))
+_X86_LEVEL_NAMES = ("x86-64", "x86-64-v2", "x86-64-v3", "x86-64-v4")
+
+# Feature -> the level that it asks for: a CPU name may add these after plus signs.
+_X86_FEATURES = {
+    **dict.fromkeys(_X86_EXTRAS.values(), "x86-64-v4"),
+    "avxvnni": "x86-64-v3",
+}
+_ARM_FEATURES = dict.fromkeys(_ARM_EXTRAS.values(), "aarch64")
+# CPUs by LLVM's names: a level, and the features of ours that all of them have.
+_CPU_NAMES = {
+    **dict.fromkeys(("nehalem", "westmere", "sandybridge", "ivybridge"), "x86-64-v2"),
+    **dict.fromkeys(("haswell", "broadwell", "skylake"), "x86-64-v3"),
+    **dict.fromkeys(("znver1", "znver2", "znver3"), "x86-64-v3"),
+    **dict.fromkeys(
+        ("alderlake", "raptorlake", "meteorlake", "arrowlake", "lunarlake", "sierraforest"),
+        "x86-64-v3+avxvnni",
+    ),
+    "skylake-avx512": "x86-64-v4",
+    "cascadelake": "x86-64-v4+avx512vnni",
+    "cooperlake": "x86-64-v4+avx512vnni+avx512bf16",
+    **dict.fromkeys(
+        ("icelake-client", "icelake-server", "tigerlake", "rocketlake"),
+        "x86-64-v4+avx512vnni+avx512vbmi",
+    ),
+    "znver4": "x86-64-v4+avx512vnni+avx512bf16+avx512vbmi",
+    **dict.fromkeys(
+        ("sapphirerapids", "emeraldrapids", "graniterapids", "znver5"),
+        "x86-64-v4+avx512vnni+avx512bf16+avx512vbmi+avxvnni",
+    ),
+    **dict.fromkeys(("cortex-a53", "cortex-a57", "cortex-a72", "cortex-a73"), "aarch64"),
+    "a64fx": "aarch64+fullfp16",
+    **dict.fromkeys(
+        (
+            *("cortex-a55", "cortex-a75", "cortex-a76", "cortex-a78", "cortex-x1"),
+            *("neoverse-n1", "neoverse-n2", "neoverse-v1", "neoverse-v2", "ampere1"),
+            *("apple-m1", "apple-m2", "apple-m3", "apple-m4"),
+        ),
+        "aarch64+dotprod+fullfp16",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -52,18 +93,16 @@ class DeviceReport:
 
 
 @dataclass(frozen=True)
-class HostCPU:
-    """The CPU this process runs on.
+class TargetCPU:
+    """A kind of CPU that code is made for.
 
     arch: "x86_64" or "aarch64" (or whatever the platform says). name: the LLVM CPU that stands
     for its level. isa: level and extra features, the order is stable.
     """
 
     arch: str
-    model: str
     name: str
     isa: tuple[str, ...]
-    physical_cores: int
 
     @property
     def llvm_features(self) -> list[str]:
@@ -73,8 +112,24 @@ class HostCPU:
         return [*extras, "-prefer-256-bit"] if self.name == "x86-64-v4" else extras
 
 
+@dataclass(frozen=True)
+class HostCPU:
+    """The CPU this process runs on; arch, name and isa are those of code made for it."""
+
+    arch: str
+    model: str
+    name: str
+    isa: tuple[str, ...]
+    physical_cores: int
+
+    @property
+    def target(self) -> TargetCPU:
+        """Return what code for this CPU is made for."""
+        return TargetCPU(self.arch, self.name, self.isa)
+
+
 def parse_device(text: str) -> Device:
-    """Turn `auto`, `cpu` or `cpu:0` into a device.
+    """Turn `auto`, `cpu`, `cpu:0` or the name of a CPU into a device of this machine.
 
     Raises OptionError for what is no device name, DeviceError for a device we cannot use here.
     """
@@ -82,10 +137,8 @@ def parse_device(text: str) -> Device:
         return Device("cpu")
     match = re.fullmatch(r"([a-z]+)(?::(\d+))?", text)
     if match is None or match[1] not in DEVICE_NAMES:
-        raise OptionError(
-            f"device {text!r} is not known; use auto or one of {', '.join(DEVICE_NAMES)}, "
-            "with an index where there are several (cuda:1)"
-        )
+        _require_host(text, parse_cpu(text))
+        return Device("cpu")
     device = Device(match[1], int(match[2] or 0))
     if device.name not in SUPPORTED_DEVICES:
         raise DeviceError(
@@ -94,6 +147,76 @@ def parse_device(text: str) -> Device:
     if device.id != 0:
         raise DeviceError(f"device {device} does not exist: all CPU cores are cpu:0")
     return device
+
+
+def parse_target(text: str) -> TargetCPU:
+    """Turn a device as `parse_device` takes it into the CPU to make code for.
+
+    The CPU may be another than this machine's. Raises OptionError or DeviceError.
+    """
+    name = text.partition(":")[0]
+    if name == "auto" or name in DEVICE_NAMES:
+        parse_device(text)
+        return host_cpu().target
+    return parse_cpu(text)
+
+
+def parse_cpu(text: str) -> TargetCPU:
+    """Turn a level or the name of a CPU, with features after plus signs, into what it stands for.
+
+    Raises OptionError.
+    """
+    name, *features = text.split("+")
+    level, *own = _CPU_NAMES.get(name, name).split("+")
+    if level in _X86_LEVEL_NAMES:
+        arch, known, isa_level, llvm = "x86_64", _X86_FEATURES, level, level
+    elif level == "aarch64":
+        arch, known, isa_level = "aarch64", _ARM_FEATURES, "neon"
+        llvm = "apple-m1" if name.startswith("apple-") else "generic"
+    else:
+        raise OptionError(
+            f"device {text!r} is not known; use auto or one of {', '.join(DEVICE_NAMES)}, with an "
+            "index where there are several (cuda:1), or a CPU by its level or LLVM's name, with "
+            f"features after plus signs (x86-64-v4+avx512vnni): {', '.join(cpu_names())}"
+        )
+    for feature in features:
+        if feature not in known:
+            raise OptionError(
+                f"device {text!r}: the feature {feature!r} is not known for {name}; "
+                f"known: {', '.join(known)}"
+            )
+        if level in _X86_LEVEL_NAMES and known[feature] > level:
+            raise OptionError(f"device {text!r}: {feature} needs {known[feature]}, not {level}")
+    wanted = {*own, *features}
+    return TargetCPU(arch, llvm, (isa_level, *(name for name in known if name in wanted)))
+
+
+def cpu_names() -> list[str]:
+    """Return the levels and names of CPUs that code can be made for."""
+    return [*_X86_LEVEL_NAMES, "aarch64", *_CPU_NAMES]
+
+
+def missing_features(needed: Iterable[str]) -> list[str]:
+    """Return which of `needed` levels and features the CPU of this machine lacks."""
+    cpu = host_cpu()
+    have = set(cpu.isa)
+    if cpu.name in _X86_LEVEL_NAMES:
+        have.update(_X86_LEVEL_NAMES[: _X86_LEVEL_NAMES.index(cpu.name) + 1])
+    return sorted(set(needed) - have)
+
+
+def _require_host(text: str, cpu: TargetCPU) -> None:
+    host = host_cpu()
+    if cpu.arch != host.arch:
+        raise DeviceError(
+            f"device {text!r} is an {cpu.arch} CPU, this machine is {host.arch}; use --device cpu "
+            "to run here, or `mlc_llm compile` to make a library for the other machine"
+        )
+    if missing := missing_features(cpu.isa):
+        raise DeviceError(
+            f"device {text!r} has {', '.join(missing)}, which this CPU ({host.model}) lacks; use "
+            "--device cpu to run here, or `mlc_llm compile` to make a library for the other CPU"
+        )
 
 
 def detect_devices() -> list[DeviceReport]:

@@ -96,12 +96,8 @@ class CompiledModel:
 
 def _find_linker(triple: str, path: Path) -> str:
     """Return the linker of code for a triple, this machine's or another's."""
-    names, advice = (
-        _LINKERS,
-        (
-            "install one (Debian: apt install g++), or let `chat` compile by itself, which needs none"
-        ),
-    )
+    names: tuple[str, ...] = _LINKERS
+    advice = "Debian: apt install g++), or let `chat` compile by itself, which needs none"
     if triple != host_triple():
         arch, _, system = triple.partition("-")
         if system != _LINUX or not host_triple().endswith(_LINUX):
@@ -109,11 +105,12 @@ def _find_linker(triple: str, path: Path) -> str:
                 f"{path} is for {triple} and can only be linked on such a machine; compile it there"
             )
         names = (f"{arch}-linux-gnu-g++", f"{arch}-linux-gnu-gcc")
-        advice = f"install one (Debian: apt install g++-{arch.replace('_', '-')}-linux-gnu)"
+        advice = f"Debian: apt install g++-{arch.replace('_', '-')}-linux-gnu)"
     linker = next((found for name in names if (found := shutil.which(name))), None)
     if linker is None:
         raise LinkerNotFound(
-            f"{path} needs a linker and none of {', '.join(names)} is installed; {advice}"
+            f"{path} needs a linker and none of {', '.join(names)} is installed; install one "
+            f"({advice}"
         )
     return linker
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from mlc_llm.device import host_cpu, parse_device
+from mlc_llm.device import TargetCPU, host_cpu, parse_target
 from mlc_llm.errors import OptionError
 
 # Optimisation level -> LLVM's. O2 is the default everywhere.
@@ -29,12 +29,11 @@ def describe_target(device: str, opt: str) -> dict[str, Any]:
     The same dictionary means the same code, so it is part of cache keys. Raises OptionError or
     DeviceError.
     """
-    parse_device(device)
-    cpu = host_cpu()
+    cpu = parse_target(device)
     level, activations = parse_opt(opt)
     target = {
         "kind": "llvm",
-        "mtriple": _triple(cpu.arch),
+        "mtriple": triple_of(cpu),
         "mcpu": cpu.name,
         "mattr": cpu.llvm_features,
         "opt-level": level,
@@ -64,9 +63,15 @@ def parse_opt(opt: str) -> tuple[int, str]:
     return _LLVM_LEVELS[level], activations
 
 
-def _triple(arch: str) -> str:
-    if sys.platform == "darwin":
-        return f"{'arm64' if arch == 'aarch64' else arch}-apple-macosx"
+def triple_of(cpu: TargetCPU) -> str:
+    """Return the LLVM triple of a CPU under the system of this machine; Apple's run macOS."""
+    if sys.platform == "darwin" or cpu.name.startswith("apple-"):
+        return f"{'arm64' if cpu.arch == 'aarch64' else cpu.arch}-apple-macosx"
     if sys.platform == "win32":
-        return f"{arch}-pc-windows-msvc"
-    return f"{arch}-unknown-linux-gnu"
+        return f"{cpu.arch}-pc-windows-msvc"
+    return f"{cpu.arch}-unknown-linux-gnu"
+
+
+def host_triple() -> str:
+    """Return the LLVM triple of this machine."""
+    return triple_of(host_cpu().target)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mlc_llm.artifact import LibraryMetadata
-from mlc_llm.device import export_num_threads, host_cpu
+from mlc_llm.device import export_num_threads, host_cpu, missing_features
 from mlc_llm.errors import CorruptFile, LibraryError, LibraryMismatch, ModelNotFound
 
 METADATA_NAME = "metadata.json"
@@ -150,16 +150,12 @@ def _metadata_of(module: Any, path: Path) -> LibraryMetadata:
 
 def _check_isa(metadata: LibraryMetadata, path: Path) -> None:
     cpu = host_cpu()
-    arch, needed = metadata.isa[0], set(metadata.isa[1:])
+    arch, *needed = metadata.isa
     if arch != cpu.arch:
         raise LibraryMismatch(
             f"{path} was compiled for {arch} CPUs, this machine is {cpu.arch}; compile it again"
         )
-    levels = ["x86-64", "x86-64-v2", "x86-64-v3", "x86-64-v4"]
-    have = set(cpu.isa)
-    if cpu.name in levels:
-        have.update(levels[: levels.index(cpu.name) + 1])
-    missing = sorted(needed - have)
+    missing = missing_features(needed)
     if missing:
         raise LibraryMismatch(
             f"{path} needs the CPU features {', '.join(missing)}; this CPU ({cpu.model}) has "
