@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,15 +19,17 @@ GUARD = 64
 Kernel = Callable[..., NDArray[np.float32]]
 
 
-def build_kernel(func: Any) -> Kernel:
+def build_kernel(func: Any, device: str = "cpu") -> Kernel:
     """Compile a PrimFunc whose last argument is its output.
+
+    device: what the code is made for; this CPU must be able to run it.
 
     The result is called with the input arrays (one that is aligned is written in place) and the
     keyword `shape` of the output, float32 unless `dtype` says otherwise.
     """
     import tvm
 
-    target = tvm.target.Target(describe_target("cpu", "O2")["target"])
+    target = tvm.target.Target(describe_target(device, "O2")["target"])
     module = tvm.IRModule({"f": func.with_attr("global_symbol", "f")})
     function = tvm.compile(module, target=target)["f"]
 
@@ -49,6 +52,12 @@ def build_kernel(func: Any) -> Kernel:
 def build() -> Callable[[Any], Kernel]:
     """Return the compiler of kernels."""
     return build_kernel
+
+
+@pytest.fixture(scope="session")
+def build_for() -> Callable[[str], Callable[[Any], Kernel]]:
+    """Return a function from a device to the compiler of kernels for it."""
+    return lambda device: functools.partial(build_kernel, device=device)
 
 
 @pytest.fixture

@@ -1,0 +1,193 @@
+"""What int8 linears compute, in NumPy: integers until the scales come in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mlc_llm.artifact import numpy_dtype
+from mlc_llm.device import host_cpu, missing_features, parse_cpu
+from mlc_llm.kernels.cpu import activations, int8_linear
+from mlc_llm.kernels.cpu.activations import TILE, Int8Shape, Source
+from mlc_llm.kernels.cpu.group_linear import GroupFormat
+from mlc_llm.kernels.cpu.isa import find_isa
+
+# Each way through the kernel: 1 token, 2, a tile, several tiles, unpacked weights; whole and not.
+ROWS = [1, 2, 3, 4, 7, 16, 17, 37]
+PLAIN = Source()
+FORMS = {
+    "3 bits": GroupFormat(3, 40, "float16", False).with_byte_codes(),
+    "4 bits": GroupFormat(4, 32, "float16", False),
+    "8 bits": GroupFormat(8, 32, "float16", False),
+}
+# Devices for which different code is made; together they stand for every instruction set.
+X86_DEVICES = ["x86-64", "x86-64-v2", "x86-64-v3", "x86-64-v3+avxvnni", "x86-64-v4+avx512vnni"]
+ARM_DEVICES = ["aarch64", "aarch64+dotprod"]
+
+Build = Callable[[Any], Callable[..., NDArray[Any]]]
+
+
+def runnable_devices() -> list[str]:
+    """Return the devices whose code runs on the CPU of the test."""
+    return [
+        device
+        for device in X86_DEVICES + ARM_DEVICES
+        if parse_cpu(device).arch == host_cpu().arch and not missing_features(parse_cpu(device).isa)
+    ]
+
+
+def isa_of(device: str) -> str:
+    """Return the instruction set that code for a device uses."""
+    return find_isa(parse_cpu(device).isa).name
+
+
+class Layer:
+    """Random codes and scales in the packed layout, and what they stand for."""
+
+    def __init__(
+        self,
+        rng: np.random.Generator,
+        out_features: int,
+        in_features: int,
+        form: GroupFormat,
+        bias_dtype: str | None = None,
+    ) -> None:
+        self.form, self.in_features, self.out_features = form, in_features, out_features
+        blocks, self.groups = -(-out_features // 16), form.num_groups(in_features)
+        width = self.groups * form.group_size
+        largest = 2 * form.zero_point
+        codes = rng.integers(0, largest + 1, (blocks * 16, width), dtype=np.uint32)
+        codes[0] = largest  # the largest sums there can be
+        codes[1] = 0
+        scales = rng.uniform(0.5, 1.5, (blocks * 16, self.groups))
+        scales = scales.astype(numpy_dtype(form.scale_dtype))
+        self.weight = codes.astype(np.int64).reshape(-1, self.groups, form.group_size)
+        self.weight = self.weight[:out_features] - form.zero_point
+        self.scales = scales[:out_features].astype(np.float64)
+        shifts = np.arange(form.values_per_word, dtype=np.uint32) * np.uint32(form.bits)
+        words = codes.reshape(len(codes), -1, form.values_per_word) << shifts
+        self.packed = [interleave(words.sum(axis=2, dtype=np.uint32)), interleave(scales)]
+        self.bias = None
+        if bias_dtype is not None:
+            self.bias = rng.standard_normal(out_features).astype(numpy_dtype(bias_dtype))
+
+    def shape(self, isa: str) -> Int8Shape:
+        """Return what kernels are specialised for."""
+        return Int8Shape(self.out_features, self.in_features, self.form, isa)
+
+
+def interleave(rows: NDArray[Any]) -> NDArray[Any]:
+    """Pack (rows, columns) into (rows / 16, columns, 16)."""
+    return np.ascontiguousarray(rows.reshape(-1, 16, rows.shape[1]).swapaxes(1, 2))
+
+
+def quantize(
+    x: NDArray[np.float32], shape: Int8Shape
+) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.int64]]:
+    """Return int8 values (n, groups, group size), scales and starts (n, groups), by definition.
+
+    Rounding is float32's, so that kernels must agree to the last bit.
+    """
+    groups = np.zeros((len(x), shape.groups * shape.form.group_size), np.float32)
+    groups[:, : shape.in_features] = x
+    groups = groups.reshape(len(x), shape.groups, -1)
+    largest = np.abs(groups).max(axis=2)
+    inverse = np.divide(
+        np.float32(127), largest, out=np.zeros_like(largest), where=largest > np.float32(0)
+    )
+    codes = np.rint(groups * inverse[..., None]).astype(np.int64)
+    scales = largest * np.float32(1 / 127)
+    return codes, scales, codes.sum(axis=2) * -shape.code_offset
+
+
+def unpack(
+    quantized: NDArray[np.int32], n: int, shape: Int8Shape
+) -> tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.int64]]:
+    """Take a kernel's quantized activations of n tokens apart, as `quantize` returns them."""
+    entries = quantized.reshape(-1, shape.width, TILE).swapaxes(1, 2).reshape(-1, shape.width)[:n]
+    quads = np.ascontiguousarray(entries[:, : shape.scale_at])
+    scales = np.ascontiguousarray(entries[:, shape.scale_at : shape.start_at]).view(np.float32)
+    # Quad j of a word holds the values j, j + quads_per_word, ... of the word.
+    codes = quads.view(np.int8).reshape(n, shape.words, shape.quads_per_word, 4)
+    codes = codes.swapaxes(2, 3).reshape(n, shape.groups, shape.form.group_size)
+    return codes.astype(np.int64), scales, entries[:, shape.start_at :].astype(np.int64)
+
+
+def product(
+    layer: Layer, codes: NDArray[np.int64], scales: NDArray[np.float32]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the exact product (n, out), and the sum of its groups' magnitudes."""
+    sums = np.einsum("ngs,ogs->nog", codes, layer.weight)
+    terms = sums * scales[:, None].astype(np.float64) * layer.scales
+    bias = np.zeros(layer.out_features) if layer.bias is None else layer.bias.astype(np.float64)
+    return terms.sum(axis=2) + bias, np.abs(terms).sum(axis=2) + np.abs(bias)
+
+
+def build_quantizer(build: Build, shape: Int8Shape, source: Source = PLAIN) -> Any:
+    """Return a function from what `source` reads to quantized activations."""
+    kernel = build(activations.quantize_activations(shape, source))
+
+    def call(*inputs: NDArray[Any]) -> NDArray[np.int32]:
+        out_shape = (-(-len(inputs[0]) // TILE), shape.width * TILE)
+        quantized: NDArray[np.int32] = kernel(*inputs, shape=out_shape, dtype=np.int32)
+        return quantized
+
+    return call
+
+
+def build_product(build: Build, layer: Layer, isa: str) -> Any:
+    """Return a function from quantized activations of n tokens, and n, to the product."""
+    kernel = build(
+        int8_linear.matmul(layer.shape(isa), None if layer.bias is None else layer.bias.dtype.name)
+    )
+    extra = [] if layer.bias is None else [layer.bias]
+
+    def call(quantized: NDArray[np.int32], n: int) -> NDArray[np.float32]:
+        out: NDArray[np.float32] = kernel(
+            quantized, *layer.packed, *extra, shape=(n, layer.out_features)
+        )
+        return out
+
+    return call
+
+
+def check_quantizer(
+    build: Build, rng: np.random.Generator, shape: Int8Shape, rows: Sequence[int] = ROWS
+) -> None:
+    """Assert that quantized activations are those of the definition, bit for bit."""
+    kernel = build_quantizer(build, shape)
+    for n in rows:
+        x = make_rows(rng, n, shape.in_features)
+        for found, expected in zip(unpack(kernel(x), n, shape), quantize(x, shape), strict=True):
+            np.testing.assert_array_equal(found, expected)
+
+
+def check_product(
+    build: Build,
+    rng: np.random.Generator,
+    layer: Layer,
+    isa: str,
+    rows: Sequence[int] = ROWS,
+) -> None:
+    """Assert that sums of products are exact up to float32 scales, and no row knows of others."""
+    shape = layer.shape(isa)
+    quantizer, multiply = build_quantizer(build, shape), build_product(build, layer, isa)
+    x = make_rows(rng, max(rows), layer.in_features)
+    together = multiply(quantizer(x), len(x))
+    expected, magnitude = product(layer, *quantize(x, shape)[:2])
+    for n in rows:
+        found = multiply(quantizer(x[:n]), n)
+        assert (np.abs(found - expected[:n]) <= 1e-6 * magnitude[:n]).all()
+        np.testing.assert_array_equal(found, together[:n])
+
+
+def make_rows(rng: np.random.Generator, n: int, width: int) -> NDArray[np.float32]:
+    """Return random rows of very different sizes, among them zeros."""
+    x = rng.standard_normal((n, width)) * 10.0 ** rng.integers(-3, 3, (n, 1))
+    x[n // 2] = 0
+    x[-1, : width // 2] = 0
+    x[0, 0] = 1000
+    return x.astype(np.float32)
