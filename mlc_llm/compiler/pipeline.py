@@ -19,6 +19,7 @@ _LOWER = [
     transform.ToNonDataflow(),
     transform.RemovePurityChecking(),
     transform.CallTIRRewrite(),
+    transform.CanonicalizeBindings(),
 ]
 _PLAN_MEMORY = [transform.StaticPlanBlockMemory()]
 _LOWER_TO_VM = [
