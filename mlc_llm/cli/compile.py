@@ -12,7 +12,6 @@ import typer
 
 from mlc_llm.cli.options import (
     COMPILE_OVERRIDES,
-    DeviceOption,
     ModelTypeOption,
     parse_overrides,
 )
@@ -52,7 +51,14 @@ def compile_library(
         ),
     ] = None,
     model_type: ModelTypeOption = "auto",
-    device: DeviceOption = "auto",
+    device: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="Device to make code for: auto, cpu, or a CPU by its level or LLVM's name, with "
+            "features after plus signs: x86-64-v3, znver4, aarch64+dotprod.",
+        ),
+    ] = "auto",
     opt: Annotated[str, typer.Option(metavar="O0..O3", help="Optimization level.")] = "O2",
     overrides: Annotated[
         str,

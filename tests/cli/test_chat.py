@@ -11,9 +11,13 @@ import mlc_llm.engine.session
 import mlc_llm.prepare.jit
 import mlc_llm.prepare.resolve
 from mlc_llm.cli.main import main
+from mlc_llm.device import host_cpu
 from mlc_llm.errors import ContextTooLong, ModelNotFound
 
 from .fakes import FakeSession
+
+# A CPU that this machine is not.
+_OTHER_CPU = "haswell" if host_cpu().arch == "aarch64" else "neoverse-n1"
 
 
 class Chat:
@@ -138,6 +142,8 @@ def test_a_given_library_is_used_and_none_is_made(chat: Chat, tmp_path: Path) ->
         (["m", "--prompt", "x", "--model-lib", "no.so", "--opt", "O2"], 2, "--opt has no effect"),
         (["m", "--prompt", "x", "--device", "cuda"], 1, "'cuda' is not supported"),
         (["m", "--prompt", "x", "--device", "toaster"], 2, "'toaster' is not known"),
+        (["m", "--prompt", "x", "--device", "znver9"], 2, "'znver9' is not known"),
+        (["m", "--prompt", "x", "--device", _OTHER_CPU], 1, f"'{_OTHER_CPU}' is an"),
         (["m", "--prompt", "x", "--opt", "O9"], 2, "'O9' is not known"),
         (["m", "--prompt", "x", "--temperature", "-1"], 2, "temperature"),
         (["m", "--prompt", "x", "--temperature", "nan"], 2, "temperature"),
