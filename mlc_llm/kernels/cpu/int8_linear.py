@@ -276,9 +276,15 @@ def matmul(shape: Int8Shape, bias_dtype: str | None) -> Any:
             for b in T.parallel(blocks):
                 stream_block(quad, packed, scales, bias, out, n, b, 0, TILE)
         elif n < GEMM_TOKENS:
+            # Eight tokens share a load of weights; what is left is at most four.
             for b in T.parallel(blocks):
-                for m in T.serial((n + TILE - 1) // TILE):
-                    stream_block(quad, packed, scales, bias, out, n, b, m, TILE)
+                for m in T.serial((n + TILE - 1) // (2 * TILE)):
+                    stream_block(quad, packed, scales, bias, out, n, b, 2 * m, 2 * TILE)
+                if n % (2 * TILE) > 0:
+                    if n % (2 * TILE) <= TILE:
+                        stream_block(
+                            quad, packed, scales, bias, out, n, b, n // (2 * TILE) * 2, TILE
+                        )
         else:
             for b in T.parallel(blocks // wide):
                 unpacked_blocks(quad, packed, scales, bias, out, n, b * wide)
