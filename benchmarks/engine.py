@@ -126,6 +126,37 @@ class Engine(Protocol):
         """Return the figures of all repeats, in the measure's unit. Raises EngineFailed."""
 
 
+class Disturbance:
+    """Counts the processor time that others take from now on, here or on the host of a guest.
+
+    Always zero where the system does not tell.
+    """
+
+    def __init__(self) -> None:
+        self._start = self._read()
+
+    def share(self) -> float:
+        """Return it as a share of all processor time since then."""
+        elapsed, busy, own = (
+            now - then for now, then in zip(self._read(), self._start, strict=True)
+        )
+        all_s = elapsed * (os.cpu_count() or 1)
+        return max(0.0, busy - own) / all_s if busy else 0.0
+
+    @staticmethod
+    def _read() -> tuple[float, float, float]:
+        times = os.times()
+        own = times.user + times.system + times.children_user + times.children_system
+        statistics = Path("/proc/stat")
+        if not statistics.exists():
+            return times.elapsed, 0.0, own
+        user, nice, system, _, _, irq, softirq, steal = (
+            int(word) for word in statistics.read_text().split(maxsplit=9)[1:9]
+        )
+        ticks = user + nice + system + irq + softirq + steal
+        return times.elapsed, ticks / os.sysconf("SC_CLK_TCK"), own
+
+
 @dataclass(frozen=True)
 class Finished:
     """What is left of one process."""

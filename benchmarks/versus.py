@@ -21,6 +21,7 @@ from typing import Any
 from engine import (
     DEFAULT_HOME,
     MEASURES,
+    Disturbance,
     Engine,
     EngineFailed,
     Measure,
@@ -36,6 +37,8 @@ from rivals.ours import MlcLlm
 
 _HERE = Path(__file__).parent
 _OURS = MlcLlm.name
+# Above this share of processor time taken by others, a round is reported as disturbed.
+_DISTURBED = 0.05
 # Engine name -> figures of each repeat, for each round it lived through.
 Rounds = dict[str, dict[int, list[float]]]
 
@@ -48,10 +51,12 @@ class Comparison:
     rounds: Rounds = field(default_factory=dict)
     bandwidth: list[float] = field(default_factory=list)  # GB/s, once a round
     int8_peak: float | None = None  # tera-operations a second
+    disturbances: list[float] = field(default_factory=list)  # share of others, each process
 
-    def add(self, engine: str, number: int, figures: list[float]) -> None:
+    def add(self, engine: str, number: int, figures: list[float], disturbance: float) -> None:
         """Keep what an engine gave in a round."""
         self.rounds.setdefault(engine, {})[number] = figures
+        self.disturbances.append(disturbance)
 
     def figure(self, engine: str) -> float:
         """Return the median over rounds of the medians of their repeats."""
@@ -62,13 +67,10 @@ class Comparison:
         medians = self._medians(engine).values()
         return (max(medians) - min(medians)) / self.figure(engine)
 
-    def best_rival(self) -> str | None:
-        """Return the name of the fastest (or smallest) engine that is not ours, if any ran."""
-        rivals = [name for name in self.rounds if name != _OURS]
-        if not rivals:
-            return None
-        choose = max if self.measure.is_more_better else min
-        return choose(rivals, key=self.figure)
+    def rivals(self) -> list[str]:
+        """Return the names of the engines that are not ours, the best one first."""
+        names = [name for name in self.rounds if name != _OURS]
+        return sorted(names, key=self.figure, reverse=self.measure.is_more_better)
 
     def advantage(self, rival: str) -> float | None:
         """Return how many times better ours is: the median over the rounds that both have."""
@@ -91,9 +93,10 @@ class Comparison:
             "rounds": self.rounds,
             "medians": {name: self.figure(name) for name in self.rounds},
             "spreads": {name: self.spread(name) for name in self.rounds},
-            "advantages": {name: self.advantage(name) for name in self.rounds if name != _OURS},
+            "advantages": {name: self.advantage(name) for name in self.rivals()},
             "bandwidth_gb_s": self.bandwidth,
             "int8_tera_ops": self.int8_peak,
+            "disturbances": self.disturbances,
         }
 
 
@@ -110,14 +113,19 @@ def compare(
             comparison.bandwidth.append(measure_machine(threads))
         first = number % len(able) if able else 0
         for engine in able[first:] + able[:first]:
+            others = Disturbance()
             try:
                 figures = engine.measure(shape, measure, threads)
             except EngineFailed as error:
                 _say(f"FAILED {engine.name}, {shape.name}, {measure.name}: {error}")
                 continue
-            comparison.add(engine.name, number, figures)
+            share = others.share()
+            comparison.add(engine.name, number, figures, share)
+            note = f" (others took {share:.0%} of the processors)" if share > _DISTURBED else ""
             median = statistics.median(figures)
-            _say(f"{shape.name} {measure.name} round {number + 1}: {engine.name} {median:.4g}")
+            _say(
+                f"{shape.name} {measure.name} round {number + 1}: {engine.name} {median:.4g}{note}"
+            )
     return comparison
 
 
@@ -145,7 +153,7 @@ def format_table(
     """Return a Markdown table: medians, spread over rounds, share of the machine, and ratios."""
     names = [engine.name for engine in engines]
     lines = [
-        f"| {shape.name} | {' | '.join(names)} | {_OURS} against the best rival |",
+        f"| {shape.name} | {' | '.join(names)} | {_OURS} against the best rival first |",
         "|---" * (len(names) + 2) + "|",
     ]
     for comparison in comparisons:
@@ -170,9 +178,8 @@ def _cell(comparison: Comparison, name: str, shape: Shape, weight_bytes: Mapping
 
 
 def _verdict(comparison: Comparison) -> str:
-    rival = comparison.best_rival()
-    advantage = comparison.advantage(rival) if rival else None
-    return f"{advantage:.2f} x {rival}" if advantage is not None else ""
+    advantages = [(comparison.advantage(rival), rival) for rival in comparison.rivals()]
+    return ", ".join(f"{ratio:.2f} x {rival}" for ratio, rival in advantages if ratio is not None)
 
 
 def describe_machine() -> dict[str, Any]:
@@ -238,6 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "threads": options.threads,
     }
     tables = []
+    shares: list[float] = []
     is_complete = True
     try:
         report["versions"] = {engine.name: engine.version() for engine in engines}
@@ -253,6 +261,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "comparisons": [comparison.to_json() for comparison in comparisons],
             }
             is_complete &= all(_is_complete(x, engines, options.rounds) for x in comparisons)
+            shares += [share for x in comparisons for share in x.disturbances]
             tables.append(format_table(comparisons, engines, shape, weight_bytes))
     except EngineFailed as error:
         _say(str(error))
@@ -263,6 +272,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{report['date']}, {report['machine']}, {options.threads} threads")
     print("\n".join(f"- {name}: {text}" for name, text in report["versions"].items()))
     print("\n" + "\n\n".join(tables))
+    num_disturbed = sum(share > _DISTURBED for share in shares)
+    if num_disturbed:
+        print(
+            f"\n**{num_disturbed} of {len(shares)} processes were disturbed**: others took more "
+            f"than {_DISTURBED:.0%} of the processors. Repeat this on a quiet machine."
+        )
     return 0 if is_complete else 1
 
 
