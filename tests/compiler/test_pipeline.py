@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ MODELS = [
 BOUNDS = {"n": 32, "b": 4, "num_starts": 5, "r": 4}
 
 
+@functools.cache
 def export(name: str, quantization: str, is_int8: bool = False) -> tvm.IRModule:
     described = describe_target("cpu", "O2")
     config = get_case(name).config()

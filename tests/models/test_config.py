@@ -79,6 +79,14 @@ def test_overrides_replace_limits() -> None:
 
 
 @pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [("float32", "float32"), ("float16", "float16"), ("bfloat16", "float16")],
+)
+def test_dtype_of_the_cache_follows_the_model(dtype, expected) -> None:
+    assert read().kv_dtype(dtype) == expected
+
+
+@pytest.mark.parametrize(
     ("overrides", "message"),
     [
         ({"hidden_size": 8}, "'hidden_size' is not known; known: .*context_window_size"),
