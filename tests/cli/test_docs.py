@@ -15,13 +15,16 @@ from mlc_llm.quantization.schemes import SCHEMES
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-_BLOCK = re.compile(r"^```(?:sh|bash|shell|console)?\n(.*?)^```", re.MULTILINE | re.DOTALL)
+_BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+_SHELLS = ("", "sh", "bash", "shell", "console")
 _INLINE = re.compile(r"`((?:mlc_llm|make) [^`\n]+)`")
 
 
 def commands_in(text: str) -> Iterator[list[str]]:
     """Yield the words of each `mlc_llm` and `make` command in shell blocks."""
-    for block in _BLOCK.findall(text):
+    for language, block in _BLOCK.findall(text):
+        if language not in _SHELLS:
+            continue
         for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(line.removeprefix("$ "), comments=True)
             for stage in split_at(words, {"|", "&&", ";"}):
