@@ -71,6 +71,10 @@ class TensorSpec:
         return f"{self.name} {list(self.shape)} {self.dtype}"
 
 
+# Declared types of configuration fields that are checked when read.
+_CHECKED: dict[Any, type] = {"str": str, "int": int, "dict[str, Any]": dict, "list[str]": list}
+
+
 @dataclass(frozen=True)
 class ChatConfig:
     """`mlc-chat-config.json`: everything the engine must know beside weights and library."""
@@ -118,11 +122,19 @@ class ChatConfig:
         for name in ("model_type", "quantization", "model_config", "vocab_size"):
             if name not in values:
                 raise CorruptFile(f"{where} lacks {name!r}; run gen_config again")
-        model_config = values["model_config"]
-        if not isinstance(model_config, dict):
-            raise CorruptFile(f"{where}: model_config must be an object")
-        for name in ("context_window_size", "prefill_chunk_size"):
-            values.setdefault(name, model_config.get(name, -1))
+        if isinstance(model_config := values["model_config"], dict):
+            for name in ("context_window_size", "prefill_chunk_size"):
+                values.setdefault(name, model_config.get(name, -1))
+        for item in dataclasses.fields(ChatConfig):
+            kind = _CHECKED.get(item.type, object)
+            value = values.get(item.name)
+            if value is None and item.default is not dataclasses.MISSING:
+                values.pop(item.name, None)  # null stands for the default
+            elif item.name in values and (not isinstance(value, kind) or value is True):
+                raise CorruptFile(
+                    f"{where}: {item.name} must be of type {kind.__name__}, it is {value!r:.80}; "
+                    "correct it, or run gen_config again"
+                )
         return ChatConfig(**values)
 
     def to_json(self) -> dict[str, Any]:

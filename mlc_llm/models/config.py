@@ -80,6 +80,8 @@ class DecoderConfig:
             raise UnsupportedModel(f"head_dim must be even for rotary embeddings: {self.head_dim}")
         if self.hidden_act not in ("silu", "swish"):
             raise UnsupportedModel(f"activation {self.hidden_act!r} is not supported; use silu")
+        if self.rope_scaling is not None and not isinstance(self.rope_scaling, dict):
+            raise CorruptFile(f"model configuration: rope_scaling is {self.rope_scaling!r:.80}")
         if scaling_kind(self.rope_scaling) not in SUPPORTED_SCALINGS:
             raise UnsupportedModel(
                 f"RoPE scaling {scaling_kind(self.rope_scaling)!r} is not supported; "

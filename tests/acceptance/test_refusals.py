@@ -105,8 +105,10 @@ def test_broken_gguf_file(content: bytes, words: str, program: Program, tmp_path
 
 
 @pytest.mark.parametrize("model", [("HF://user/repo",), ()], ids=["repository", "demo"])
-def test_no_network(model: tuple[str, ...], program: Program) -> None:
-    program.refuse("chat", *model, *ASK, words="check the network connection")
+def test_no_network(model: tuple[str, ...], program: Program, tmp_path: Path) -> None:
+    nothing_cached = {**program.environment, "MLC_LLM_HOME": str(tmp_path)}
+    words = "check the network connection"
+    program.refuse("chat", *model, *ASK, words=words, env=nothing_cached)
 
 
 # From here on the model is converted and compiled.
@@ -161,6 +163,19 @@ def test_broken_artifact(name: str, program: Program, artifact: Path, library: P
     break_it, words = ARTIFACTS[name]
     break_it(artifact)
     program.refuse("chat", artifact, "--model-lib", library, *ASK, words=words)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("vocab_size", "many"), ("conv_template", 5), ("model_type", ["llama"]), ("version", 7)],
+)
+def test_configuration_with_wrong_values(
+    name: str, value: Any, program: Program, tmp_path: Path
+) -> None:
+    config = {"model_type": "llama", "quantization": "q0f32", "model_config": {}, "vocab_size": 9}
+    path = tmp_path / "mlc-chat-config.json"
+    path.write_text(json.dumps({**config, name: value}))
+    program.refuse("chat", tmp_path, *ASK, words=name)
 
 
 @pytest.mark.cpu
