@@ -11,7 +11,14 @@ from mlc_llm import device
 from mlc_llm.artifact import read_chat_config
 from mlc_llm.compiler.target import describe_target
 from mlc_llm.device import host_cpu, missing_features, parse_cpu
-from mlc_llm.errors import LibraryError, LibraryMismatch, LinkerNotFound, OptionError
+from mlc_llm.engine.session import ChatSession
+from mlc_llm.errors import (
+    DeviceError,
+    LibraryError,
+    LibraryMismatch,
+    LinkerNotFound,
+    OptionError,
+)
 from mlc_llm.runtime import library
 from mlc_llm.runtime.library import load_library
 
@@ -160,3 +167,9 @@ def test_unknown_cpu_is_refused_before_any_work(tiny_models):
     with pytest.raises(OptionError, match=r"'znver9' is not known.*znver4"):
         compile_model(config, CompileOptions(device="znver9"), stages.append)
     assert not stages
+
+
+@linux_x86
+def test_a_session_on_another_cpu_is_refused(tmp_path):
+    with pytest.raises(DeviceError, match="'neoverse-n1' is an aarch64 CPU"):
+        ChatSession.open(tmp_path, tmp_path, device="neoverse-n1")

@@ -26,12 +26,14 @@ def run(*arguments: str) -> str:
 
 
 def test_lines_of_a_linear_layer() -> None:
-    table = run("--only", "64x32, ", "--shape", "64x32", "--rows", "1", "5", "--threads", "1")
+    table = run("--only", "1024x512, ", "--shape", "1024x512", "--rows", "1", "5", "--threads", "1")
     assert ", 1 threads, code for cpu: " in table.splitlines()[0]
-    lines = re.findall(r"^int8 64x32, 4 bits, (\d) rows +([\d.]+) +([\d.]+) +(\d+)$", table, re.M)
+    lines = re.findall(
+        r"^int8 1024x512, 4 bits, (\d) rows +([\d.]+) +([\d.]+) +(\d+)$", table, re.M
+    )
     assert [line[0] for line in lines] == ["1", "5"]
     for rows, microseconds, _, rate in lines:
-        operations = 2 * int(rows) * 64 * 32
+        operations = 2 * int(rows) * 1024 * 512
         assert float(rate) == pytest.approx(operations / float(microseconds) / 1e3, rel=0.2, abs=1)
 
 
