@@ -98,8 +98,7 @@ def quantize_activations(shape: Int8Shape, source: Source) -> Any:
     meet the codes extracted together: for 4 bits every second one, for 8 bits neighbours.
     """
     features, groups, group_size = shape.in_features, shape.groups, shape.form.group_size
-    per_word, quads_per_word = shape.form.values_per_word, shape.quads_per_word
-    words_per_group, code_offset = shape.form.words_per_group, shape.code_offset
+    code_offset, group_quads = shape.code_offset, group_size // 4
     scale_at, start_at, width = shape.scale_at, shape.start_at, shape.width
     kind, weight_dtype = source.kind, source.weight_dtype
     x_width = 2 * features if kind == "silu_mul" else features
@@ -148,7 +147,7 @@ def quantize_activations(shape: Int8Shape, source: Source) -> Any:
         out[t // TILE, (scale_at + g) * TILE + t % TILE] = T.reinterpret(
             "int32", best[0] * T.float32(1 / 127)
         )
-        best[0] = T.Select(best[0] > T.float32(0), T.float32(127) / best[0], T.float32(0))
+        best[0] = T.Select(best[0] > T.float32(1e-36), T.float32(127) / best[0], T.float32(0))
         for v in T.unroll(vectors):
             codes[T.ramp(v * lanes, 1, lanes)] = T.Cast(
                 f"int32x{lanes}",
@@ -157,15 +156,10 @@ def quantize_activations(shape: Int8Shape, source: Source) -> Any:
         out[t // TILE, (start_at + g) * TILE + t % TILE] = _sum_codes(codes, lanes, vectors) * (
             -code_offset
         )
-        for j in T.unroll(quads_per_word):
-            out[
-                t // TILE,
-                T.ramp(
-                    (g * words_per_group * quads_per_word + j) * TILE + t % TILE,
-                    quads_per_word * TILE,
-                    words_per_group,
-                ),
-            ] = _join_bytes(codes, j, quads_per_word, per_word, words_per_group)
+        out[
+            t // TILE,
+            T.ramp(g * group_quads * TILE + t % TILE, TILE, group_quads),
+        ] = _pack_quads(codes, shape)
 
     @T.macro
     def one_token(x: T.handle, weight: T.handle, out: T.handle, t: T.int32) -> None:
@@ -230,11 +224,17 @@ def _sum_codes(codes: Any, lanes: int, vectors: int) -> Any:
     return T.call_llvm_pure_intrin(intrinsic, total, dtype="int32")
 
 
-def _join_bytes(codes: Any, j: Any, step: int, per_word: int, words: int) -> Any:
-    """Return quad `j` of each of a group's words: four codes, `step` apart, as bytes."""
-    low = splat(T.int32(255), words)
-    quads = T.bitwise_and(codes[T.ramp(j, per_word, words)], low)
-    for byte in (1, 2, 3):
-        part = T.bitwise_and(codes[T.ramp(j + byte * step, per_word, words)], low)
-        quads = T.bitwise_or(quads, T.shift_left(part, splat(T.int32(8 * byte), words)))
-    return quads
+def _pack_quads(codes: Any, shape: Int8Shape) -> Any:
+    """Return a group's codes as quads: byte i of quad j of a word is its input j + i * quads."""
+    size, per_word, quads = shape.form.group_size, shape.form.values_per_word, shape.quads_per_word
+    lanes = vector_lanes(size)
+    parts = [
+        T.Cast(f"int8x{lanes}", codes[T.ramp(start, 1, lanes)]) for start in range(0, size, lanes)
+    ]
+    order = [
+        word + quad + byte * quads
+        for word in range(0, size, per_word)
+        for quad in range(quads)
+        for byte in range(4)
+    ]
+    return T.reinterpret(f"int32x{size // 4}", T.Shuffle(parts, order))

@@ -9,7 +9,7 @@ from tvm.script import tirx as T
 from mlc_llm.kernels.cpu.vector_math import lane_dtype, reduce_sum, silu, span, splat, vector_lanes
 
 # Below this many rows a parallel launch costs more than it saves (benchmarks/kernels.py).
-_SERIAL_ROWS = 4
+_SERIAL_ROWS = 12
 
 
 def rms_factor(hidden_size: int, eps: float) -> Any:

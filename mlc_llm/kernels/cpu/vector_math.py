@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from tvm.script import tirx as T
@@ -10,16 +11,15 @@ LANES = 16
 # Most negative score: finite, so that masked rows stay free of NaN.
 MASKED = -1.0e30
 
-# Taylor coefficients ln(2)^k / k! of 2^f; |f| <= 0.5 leaves a relative error below 2e-8.
-_EXP2_COEFFICIENTS = (
-    1.5252733804059841e-05,
-    1.5403530393381606e-04,
-    1.3333558146428443e-03,
-    9.6181291076284772e-03,
-    5.5504108664821580e-02,
-    2.4022650695910072e-01,
-    6.9314718055994531e-01,
-    1.0,
+# Minimax polynomial of e^r for |r| <= ln(2) / 2, highest power first: relative error 2e-7,
+# and exactly 1 at 0.
+_EXP_COEFFICIENTS = (
+    0.008290272206,
+    0.04189816117,
+    0.1666763872,
+    0.4999914765,
+    0.999999702,
+    1,
 )
 
 
@@ -39,19 +39,19 @@ def lane_dtype(dtype: str, lanes: int = LANES) -> str:
 
 
 def exp(x: Any, lanes: int = LANES) -> Any:
-    """Return e**x per lane, relative error about 1e-7; arguments below -87 give about 0.
+    """Return e**x per lane; arguments below -87 give about 0.
 
-    Cody and Waite 1980, chapter 6: 2**n * 2**f with |f| <= 0.5 and a polynomial for 2**f.
+    Cody and Waite 1980, chapter 6: 2**n * e**r with |r| <= ln(2) / 2 and a polynomial for e**r.
+    The relative error is below 3e-7.
     """
     clamped = T.max(T.min(x, splat(T.float32(88.0), lanes)), splat(T.float32(-87.0), lanes))
     whole = T.nearbyint(clamped * splat(T.float32(1.4426950408889634), lanes))
-    # Two-part ln(2) keeps the remainder exact to float32.
+    # ln(2) in two parts: products with the first are exact.
     rest = clamped - whole * splat(T.float32(0.693359375), lanes)
     rest = rest - whole * splat(T.float32(-2.12194440e-4), lanes)
-    fraction = rest * splat(T.float32(1.4426950408889634), lanes)
-    poly = splat(T.float32(_EXP2_COEFFICIENTS[0]), lanes)
-    for coefficient in _EXP2_COEFFICIENTS[1:]:
-        poly = poly * fraction + splat(T.float32(coefficient), lanes)
+    poly = splat(T.float32(_EXP_COEFFICIENTS[0]), lanes)
+    for coefficient in _EXP_COEFFICIENTS[1:]:
+        poly = poly * rest + splat(T.float32(coefficient), lanes)
     exponent = T.Cast(lane_dtype("int32", lanes), whole) + splat(T.int32(127), lanes)
     bits = T.shift_left(exponent, splat(T.int32(23), lanes))
     return poly * T.reinterpret(lane_dtype("float32", lanes), bits)
@@ -63,19 +63,22 @@ def silu(x: Any, lanes: int = LANES) -> Any:
 
 
 def reduce_sum(x: Any, lanes: int = LANES) -> Any:
-    """Return the sum of all lanes (order is LLVM's sequential one)."""
-    if lanes == 1:
-        return x
-    intrinsic = T.llvm_lookup_intrinsic_id(f"llvm.vector.reduce.fadd.v{lanes}f32")
-    return T.call_llvm_pure_intrin(intrinsic, T.float32(0), x, dtype="float32")
+    """Return the sum of all lanes, halves first."""
+    return _fold(x, lanes, lambda low, high: low + high)
 
 
 def reduce_max(x: Any, lanes: int = LANES) -> Any:
-    """Return the largest lane."""
-    if lanes == 1:
-        return x
-    intrinsic = T.llvm_lookup_intrinsic_id(f"llvm.vector.reduce.fmax.v{lanes}f32")
-    return T.call_llvm_pure_intrin(intrinsic, x, dtype="float32")
+    """Return the largest lane; lanes must not be NaN."""
+    return _fold(x, lanes, T.max)
+
+
+def _fold(x: Any, lanes: int, join: Callable[[Any, Any], Any]) -> Any:
+    # LLVM's own reductions keep an order, or rules for NaN, that make them a chain of scalars.
+    while lanes > 1:
+        lanes //= 2
+        low = T.Shuffle([x], list(range(lanes)))
+        x = join(low, T.Shuffle([x], list(range(lanes, 2 * lanes))))
+    return x
 
 
 def vector_lanes(extent: int) -> int:
