@@ -182,7 +182,7 @@ def format_table(
     """Return a Markdown table: medians, spread over rounds, share of the machine, and ratios."""
     names = [engine.name for engine in engines]
     lines = [
-        f"| {shape.name} | {' | '.join(names)} | {_OURS} against the best rival first |",
+        f"| {shape.name} | {' | '.join(names)} | ratio, best rival first |",
         "|---" * (len(names) + 2) + "|",
     ]
     for comparison in comparisons:
