@@ -48,7 +48,7 @@ _SHAPE = (
 
 
 class ChatSession:
-    """One user's session; not safe for use from several threads at once."""
+    """One user's session: one answer at a time, from one thread at a time."""
 
     def __init__(
         self,
@@ -65,6 +65,7 @@ class ChatSession:
         self._metrics = EngineMetrics()
         self._pool = PagePool(runner.num_pages, runner.metadata.kv_cache.page_size)
         self._sequence = PagedSequence(self._pool)
+        self._is_generating = False
 
     @classmethod
     def open(
@@ -149,6 +150,11 @@ class ChatSession:
             )
 
     def _generate(self, prompt: list[int], params: SamplingParams) -> Generator[int, None, None]:
+        if self._is_generating:
+            raise RequestError(
+                "the session is still answering another request; finish it or close its iterator"
+            )
+        self._is_generating = True
         stats = self.last = RequestStats(prompt_tokens=len(prompt))
         random = np.random.default_rng(params.seed)
         stop_ids = frozenset() if params.ignore_eos else self._prompts.stop_token_ids
@@ -173,6 +179,7 @@ class ChatSession:
                     return
                 logits = self._forward([token])
         finally:
+            self._is_generating = False
             self._metrics.add(stats)
 
     def _prefill(self, prompt: list[int], stats: RequestStats) -> NDArray[np.float32]:

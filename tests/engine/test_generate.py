@@ -252,3 +252,14 @@ def test_close_frees_the_runner(open_session) -> None:
     assert session.context_window_size == 64
     session.close()
     assert runner.is_closed
+
+
+def test_one_answer_at_a_time(open_session) -> None:
+    session = open_session(FakeRunner())
+    first = session.generate(PROMPT, greedy(5))
+    next(first)
+    with pytest.raises(RequestError, match="still answering"):
+        next(session.generate(PROMPT[:3], greedy(5)))
+    assert [*first] == continuation(PROMPT, 5)[1:]
+    assert list(session.generate(PROMPT[:3], greedy(5))) == continuation(PROMPT[:3], 5)
+    check_pages(session)
