@@ -7,28 +7,21 @@ from typing import Annotated
 
 import typer
 
-from mlc_llm.cli.options import ModelTypeOption, QuantizationOption
+from mlc_llm.cli.options import (
+    ConfigArgument,
+    ModelTypeOption,
+    OutputOption,
+    QuantizationOption,
+)
 from mlc_llm.cli.progress import format_size, show_progress
 from mlc_llm.cli.terminal import say
 from mlc_llm.errors import OptionError
 
 
 def convert_weight(
-    config: Annotated[
-        Path,
-        typer.Argument(
-            metavar="CONFIG",
-            help="Hugging Face directory or its config.json, or a .gguf file.",
-            show_default=False,
-        ),
-    ],
+    config: ConfigArgument,
     quantization: QuantizationOption,
-    output: Annotated[
-        Path,
-        typer.Option(
-            "--output", "-o", metavar="DIR", help="Directory to write.", show_default=False
-        ),
-    ],
+    output: OutputOption,
     model_type: ModelTypeOption = "auto",
     source: Annotated[
         str, typer.Option(metavar="PATH", help="Where the weights are; auto: beside CONFIG.")

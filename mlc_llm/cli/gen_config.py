@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from mlc_llm.cli.options import ModelTypeOption, QuantizationOption, require_single
+from mlc_llm.cli.options import (
+    ConfigArgument,
+    ModelTypeOption,
+    OutputOption,
+    QuantizationOption,
+    require_single,
+)
 from mlc_llm.cli.terminal import say
 
 
 def gen_config(
-    config: Annotated[
-        Path,
-        typer.Argument(
-            metavar="CONFIG",
-            help="Hugging Face directory or its config.json, or a .gguf file.",
-            show_default=False,
-        ),
-    ],
+    config: ConfigArgument,
     quantization: QuantizationOption,
-    output: Annotated[
-        Path,
-        typer.Option(
-            "--output", "-o", metavar="DIR", help="Directory to write.", show_default=False
-        ),
-    ],
+    output: OutputOption,
     model_type: ModelTypeOption = "auto",
     conv_template: Annotated[
         str,

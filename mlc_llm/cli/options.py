@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -23,6 +24,18 @@ DeviceOption = Annotated[
 ]
 QuantizationOption = Annotated[
     str, typer.Option(metavar="NAME", help="Quantization of the weights, such as q4f16_1.")
+]
+ConfigArgument = Annotated[
+    Path,
+    typer.Argument(
+        metavar="CONFIG",
+        help="Hugging Face directory or its config.json, or a .gguf file.",
+        show_default=False,
+    ),
+]
+OutputOption = Annotated[
+    Path,
+    typer.Option("--output", "-o", metavar="DIR", help="Directory to write.", show_default=False),
 ]
 ModelTypeOption = Annotated[
     str, typer.Option(metavar="NAME", help="Model family; auto reads it from the configuration.")
