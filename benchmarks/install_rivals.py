@@ -35,7 +35,7 @@ _LLAMA_TARGETS = (
 )
 
 
-class Workplace:
+class InstallDirectory:
     """The directory of one rival: `venv`, `install.log` and marks of finished steps."""
 
     def __init__(self, home: Path, name: str) -> None:
@@ -75,7 +75,7 @@ class Workplace:
 
 def install_llama_cpp(home: Path, jobs: int) -> None:
     """Build llama.cpp from the sources that llama-cpp-python ships; up to 30 minutes on 2 cores."""
-    place = Workplace(home, "llama_cpp")
+    place = InstallDirectory(home, "llama_cpp")
 
     def download() -> None:
         place.make_environment()
@@ -103,7 +103,7 @@ def install_llama_cpp(home: Path, jobs: int) -> None:
 
 def install_openvino(home: Path, jobs: int) -> None:
     """Install OpenVINO GenAI and the exporter."""
-    place = Workplace(home, "openvino")
+    place = InstallDirectory(home, "openvino")
 
     def install() -> None:
         place.make_environment()
@@ -116,7 +116,7 @@ def install_openvino(home: Path, jobs: int) -> None:
 
 def install_onnxruntime(home: Path, jobs: int) -> None:
     """Install ONNX Runtime GenAI and what its model builder imports."""
-    place = Workplace(home, "onnxruntime")
+    place = InstallDirectory(home, "onnxruntime")
 
     def install() -> None:
         place.make_environment()

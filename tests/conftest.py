@@ -12,15 +12,8 @@ DEMO_GGUF = Path("model_weights", "demo", "SmolLM2-135M-Instruct.Q4_1.gguf")
 
 @pytest.fixture(scope="session")
 def stories260k() -> Path:
-    """The directory of the 260K-parameter Llama; it must be there, many tests rest on it."""
-    given = os.environ.get("MLC_LLM_TEST_STORIES")
-    path = Path(given) if given else ROOT.parent / "shared" / "models" / "stories260K"
-    if not (path / "config.json").is_file():
-        pytest.fail(
-            f"no stories260K model in {path}; set MLC_LLM_TEST_STORIES to its directory "
-            "(the Hugging Face form of karpathy/tinyllamas stories260K)"
-        )
-    return path
+    """The directory of the 260K-parameter Llama."""
+    return Path(__file__).parent / "stories260K"
 
 
 @pytest.fixture(scope="session")
