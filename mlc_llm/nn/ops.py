@@ -91,7 +91,7 @@ def take_rows(x: nn.Tensor, rows: nn.Tensor) -> nn.Tensor:
 def pack_linear(weight: nn.Tensor) -> nn.Tensor:
     """Return an (out, in) weight in the kernel's layout; lifted into `pack_params`."""
     out_features, in_features = (int(extent) for extent in weight.shape)
-    kernel = _kernel(linear.pack, out_features, in_features, weight.dtype)
+    kernel = _kernel(linear.interleave, out_features, in_features, weight.dtype, False)
     shape = list(linear.packed_shape(out_features, in_features))
     return _emit("pack_linear", kernel, [weight], shape, weight.dtype)
 
@@ -131,12 +131,12 @@ def pack_group(
     packed_form = form.with_byte_codes() if byte_codes else form
     words = groups * packed_form.words_per_group
     if packed_form == form:
-        kernel = _kernel(group_linear.interleave, rows, words, "uint32", form.is_transposed)
+        kernel = _kernel(linear.interleave, rows, words, "uint32", form.is_transposed)
     else:
         kernel = _kernel(group_linear.widen_codes, rows, in_features, form)
     blocks = linear.num_blocks(rows)
     packed_words = _emit("pack_words", kernel, [q_weight], [blocks, words, LANES], "uint32")
-    kernel = _kernel(group_linear.interleave, rows, groups, q_scale.dtype, form.is_transposed)
+    kernel = _kernel(linear.interleave, rows, groups, q_scale.dtype, form.is_transposed)
     shape = [blocks, groups, LANES]
     return packed_words, _emit("pack_scales", kernel, [q_scale], shape, q_scale.dtype)
 

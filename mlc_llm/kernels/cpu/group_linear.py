@@ -62,33 +62,6 @@ class GroupFormat:
         return (num_blocks(out_features), self.num_groups(in_features), LANES)
 
 
-def interleave(rows: int, columns: int, dtype: str, is_transposed: bool) -> Any:
-    """Pack an array: (rows, columns), or (columns, rows) if transposed
-    -> (ceil(rows / 16), columns, 16), rows past the end zero.
-    """
-    blocks = num_blocks(rows)
-    shape = (columns, rows) if is_transposed else (rows, columns)
-
-    @T.prim_func(private=True, s_tir=True)
-    def interleave_kernel(
-        source: T.Buffer(shape, dtype),
-        packed: T.Buffer((blocks, columns, LANES), dtype),
-    ) -> None:
-        T.func_attr({"tirx.noalias": True})
-        for b in T.parallel(blocks):
-            for c in T.serial(columns):
-                for v in T.serial(LANES):
-                    if b * LANES + v < rows:
-                        if is_transposed:
-                            packed[b, c, v] = source[c, b * LANES + v]
-                        else:
-                            packed[b, c, v] = source[b * LANES + v, c]
-                    else:
-                        packed[b, c, v] = T.Cast(dtype, 0)
-
-    return interleave_kernel
-
-
 def widen_codes(rows: int, in_features: int, form: GroupFormat) -> Any:
     """Pack 3-bit words as 4-bit ones: portable words -> packed words of `with_byte_codes()`."""
     wide = form.with_byte_codes()

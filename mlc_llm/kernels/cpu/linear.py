@@ -27,25 +27,31 @@ def packed_shape(out_features: int, in_features: int) -> tuple[int, int, int]:
     return (num_blocks(out_features), in_features, LANES)
 
 
-def pack(out_features: int, in_features: int, dtype: str) -> Any:
-    """Pack a weight: (out, in) -> (ceil(out / 16), in, 16), same dtype."""
-    blocks = num_blocks(out_features)
+def interleave(rows: int, columns: int, dtype: str, is_transposed: bool) -> Any:
+    """Pack an array: (rows, columns), or (columns, rows) if transposed
+    -> (ceil(rows / 16), columns, 16), rows past the end zero.
+    """
+    blocks = num_blocks(rows)
+    shape = (columns, rows) if is_transposed else (rows, columns)
 
     @T.prim_func(private=True, s_tir=True)
-    def pack_kernel(
-        weight: T.Buffer((out_features, in_features), dtype),
-        packed: T.Buffer((blocks, in_features, LANES), dtype),
+    def interleave_kernel(
+        source: T.Buffer(shape, dtype),
+        packed: T.Buffer((blocks, columns, LANES), dtype),
     ) -> None:
         T.func_attr({"tirx.noalias": True})
         for b in T.parallel(blocks):
-            for k in T.serial(in_features):
+            for c in T.serial(columns):
                 for v in T.serial(LANES):
-                    if b * LANES + v < out_features:
-                        packed[b, k, v] = weight[b * LANES + v, k]
+                    if b * LANES + v < rows:
+                        if is_transposed:
+                            packed[b, c, v] = source[c, b * LANES + v]
+                        else:
+                            packed[b, c, v] = source[b * LANES + v, c]
                     else:
-                        packed[b, k, v] = T.Cast(dtype, T.float32(0))
+                        packed[b, c, v] = T.Cast(dtype, 0)
 
-    return pack_kernel
+    return interleave_kernel
 
 
 def matmul(out_features: int, in_features: int, dtype: str, has_bias: bool) -> Any:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mlc_llm.artifact import numpy_dtype
-from mlc_llm.kernels.cpu import group_linear
+from mlc_llm.kernels.cpu import group_linear, linear
 from mlc_llm.quantization.apply import group_format
 from mlc_llm.quantization.group import dequantize_group, quantize_group
 from mlc_llm.quantization.schemes import get_scheme
@@ -38,7 +38,7 @@ class Quantized:
 
 def interleave(build, array, shape, transposed):
     rows, columns = array.shape[::-1] if transposed else array.shape
-    kernel = build(group_linear.interleave(rows, columns, array.dtype.name, transposed))
+    kernel = build(linear.interleave(rows, columns, array.dtype.name, transposed))
     return kernel(array, shape=shape, dtype=array.dtype)
 
 

@@ -19,7 +19,7 @@ from int8_cases import (
 
 from mlc_llm.artifact import numpy_dtype
 from mlc_llm.device import host_cpu
-from mlc_llm.kernels.cpu import group_linear
+from mlc_llm.kernels.cpu import group_linear, linear
 from mlc_llm.kernels.cpu.activations import Int8Shape
 from mlc_llm.kernels.cpu.group_linear import GroupFormat
 from mlc_llm.kernels.cpu.isa import ISAS, find_isa
@@ -99,9 +99,7 @@ def packing_kernels(arrays, form, out_features, in_features):
         if array.dtype == np.uint32 and form.bits == 3:
             yield group_linear.widen_codes(out_features, in_features, form)
         else:
-            yield group_linear.interleave(
-                out_features, columns, array.dtype.name, form.is_transposed
-            )
+            yield linear.interleave(out_features, columns, array.dtype.name, form.is_transposed)
 
 
 @pytest.mark.cpu

@@ -27,7 +27,7 @@ def pack(weight):
 @pytest.mark.parametrize(("out_features", "in_features"), [(37, 20), (16, 75)])
 def test_pack(build, rng, out_features, in_features, dtype):
     weight = make_weight(rng, out_features, in_features, dtype)
-    kernel = build(linear.pack(out_features, in_features, dtype))
+    kernel = build(linear.interleave(out_features, in_features, dtype, False))
     shape = linear.packed_shape(out_features, in_features)
     packed = kernel(weight, shape=shape, dtype=numpy_dtype(dtype))
     np.testing.assert_array_equal(packed, pack(weight))
