@@ -1,17 +1,19 @@
-"""Devices: names to what they are, what this machine has, and the host CPU's instruction sets.
+"""Devices: names to what they are, what this machine has: the host CPU's abilities, free memory.
 
-The one place outside `cli/` that reads the environment of the machine. Imports no compiler.
+The one place outside `cli/` that reads the environment. Imports no compiler.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib
 import math
 import os
 import platform
 import re
-from collections.abc import Iterable
+import subprocess
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +22,8 @@ from mlc_llm.errors import DeviceError, OptionError
 # Order of automatic detection; the first that is found and supported wins.
 DEVICE_NAMES = ("cuda", "rocm", "metal", "vulkan", "opencl", "cpu")
 SUPPORTED_DEVICES = ("cpu",)
+_PROC, _CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
+_CPUS = Path("/sys/devices/system/cpu")
 
 # Features of a CPU that kernels or LLVM may use beyond its level, and their LLVM names.
 _X86_EXTRAS = {
@@ -260,7 +264,7 @@ def host_cpu() -> HostCPU:
         level = next((llvm for key, llvm in _X86_LEVELS if features.get(key)), "x86-64")
         extras = _X86_EXTRAS if level == "x86-64-v4" else {}
         isa = [level, *(llvm for key, llvm in extras.items() if features.get(key))]
-        if "avx_vnni" in _proc_flags():
+        if "avx_vnni" in _cpu_info("flags").split():
             isa.append("avxvnni")
         name = level
     elif arch == "aarch64":
@@ -268,7 +272,8 @@ def host_cpu() -> HostCPU:
         name = "apple-m1" if platform.system() == "Darwin" else "generic"
     else:
         isa, name = ["generic"], "generic"
-    return HostCPU(arch, _cpu_model(), name, tuple(isa), _physical_cores())
+    model = _cpu_info("model name") or platform.processor() or platform.machine()
+    return HostCPU(arch, model, name, tuple(isa), _physical_cores())
 
 
 def _cpu_features() -> dict[str, bool]:
@@ -282,38 +287,34 @@ def _cpu_features() -> dict[str, bool]:
     return {}
 
 
-def _proc_flags() -> frozenset[str]:
+def _cpu_info(field: str) -> str:
+    """Return a field of the first CPU that the system describes, "" where it does not."""
     try:
-        text = Path("/proc/cpuinfo").read_text()
+        text = (_PROC / "cpuinfo").read_text()
     except OSError:
-        return frozenset()
-    match = re.search(r"^flags\s*:\s*(.*)$", text, re.MULTILINE)
-    return frozenset(match[1].split()) if match else frozenset()
-
-
-def _cpu_model() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return platform.processor() or platform.machine()
-    match = re.search(r"^model name\s*:\s*(.*)$", text, re.MULTILINE)
-    return match[1].strip() if match else platform.machine()
+        return ""
+    match = re.search(rf"^{field}\s*:\s*(.*)$", text, re.MULTILINE)
+    return match[1].strip() if match else ""
 
 
 def _physical_cores() -> int:
     """Return how many physical cores this process may use: affinity, siblings and cgroup quota."""
+    count = len(cpus_of_cores()) or os.cpu_count() or 1
+    quota = _cgroup_cpus()
+    return count if quota is None else min(count, max(1, math.floor(quota)))
+
+
+def cpus_of_cores() -> list[int]:
+    """Return one CPU of each physical core this process may use, [] where the system tells none."""
     try:
         usable = sorted(os.sched_getaffinity(0))
     except AttributeError:
-        return max(1, os.cpu_count() or 1)
-    cores = {_siblings(cpu) for cpu in usable}
-    quota = _cgroup_cpus()
-    count = len(cores) if quota is None else min(len(cores), max(1, math.floor(quota)))
-    return max(1, count)
+        return []
+    return list({_siblings(cpu): cpu for cpu in reversed(usable)}.values())[::-1]
 
 
 def _siblings(cpu: int) -> str:
-    path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+    path = _CPUS / f"cpu{cpu}/topology/thread_siblings_list"
     try:
         return path.read_text().strip()
     except OSError:
@@ -347,3 +348,49 @@ def export_num_threads(count: int | None = None) -> int:
     if count is not None or "TVM_NUM_THREADS" not in os.environ:
         os.environ["TVM_NUM_THREADS"] = str(count or host_cpu().physical_cores)
     return int(os.environ["TVM_NUM_THREADS"])
+
+
+def environment() -> Mapping[str, str]:
+    """Return the variables of the environment, for callers that have no command line."""
+    return os.environ
+
+
+def free_memory_bytes() -> int:
+    """Return the memory that may still be taken without swapping, within the control groups.
+
+    Raises DeviceError where the system does not tell.
+    """
+    try:
+        if platform.system() == "Darwin":
+            run = subprocess.run(["/usr/bin/vm_stat"], capture_output=True, text=True, check=True)
+            size = re.search(r"page size of (\d+)", run.stdout)
+            pages = re.findall(r"Pages (?:free|inactive|speculative):\s*(\d+)", run.stdout)
+            return int(size[1] if size else 0) * sum(map(int, pages))
+        if platform.system() == "Windows":
+            status = (ctypes.c_uint64 * 8)(64)  # MEMORYSTATUSEX, 64 bytes; [2] is ullAvailPhys
+            getattr(ctypes, "windll").kernel32.GlobalMemoryStatusEx(status)  # noqa: B009
+            return status[2]
+        match = re.search(r"^MemAvailable:\s*(\d+)", (_PROC / "meminfo").read_text(), re.MULTILINE)
+        return min([int(match[1] if match else 0) << 10, *_cgroup_free_bytes()])
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise DeviceError(f"the system does not tell how much memory is free: {error}") from None
+
+
+def _cgroup_free_bytes() -> Iterator[int]:
+    """Yield what each control group of this process, versions 1 and 2, leaves to it."""
+    for line in (_PROC / "self" / "cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        base, limit, used, prefix = _CGROUPS, "memory.max", "memory.current", ""
+        if "memory" in controllers.split(","):
+            base, limit, used = base / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            prefix = "total_"
+        group = base / path.lstrip("/")
+        for directory in (group, *group.parents):
+            try:
+                left = int((directory / limit).read_text()) - int((directory / used).read_text())
+                stat = dict(re.findall(r"(\w+) (\d+)", (directory / "memory.stat").read_text()))
+            except (OSError, ValueError):  # no such group here, or "max": no limit
+                continue
+            # Cached files count as used, yet make room when memory is asked for.
+            cached = sum(int(stat.get(f"{prefix}{age}active_file", 0)) for age in ("", "in"))
+            yield max(left + cached, 0)

@@ -19,7 +19,13 @@ classes into exit codes; nothing else may.
     ├── DownloadError            network, authentication or missing revision
     ├── StorageError             disk full, not writable, cache policy forbids writing
     └── RequestError             one request cannot be served; others go on
-        └── ContextTooLong       the prompt does not fit the context window
+        ├── ContextTooLong       the prompt does not fit the context window
+        ├── UnknownModel         the request names a model that is not served here
+        ├── AuthenticationError  the API key is missing or wrong
+        ├── QueueFull            too many requests wait; try again later
+        ├── RequestTimeout       the request took longer than it may
+        ├── StepFailed           the step that computed the request failed; not the caller's fault
+        └── EngineStopped        the engine is shutting down or has died
 """
 
 
@@ -84,8 +90,43 @@ class StorageError(MlcError):
 
 
 class RequestError(MlcError):
-    """One request cannot be served; the engine and other requests go on."""
+    """One request cannot be served; the engine and other requests go on.
+
+    param names the field of the request that is at fault, as in OpenAI's error bodies.
+    """
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
 
 
 class ContextTooLong(RequestError):
     """The prompt has more tokens than the context window."""
+
+
+class UnknownModel(RequestError):
+    """The request names a model that is not served here."""
+
+
+class AuthenticationError(RequestError):
+    """The API key is missing or wrong."""
+
+
+class QueueFull(RequestError):
+    """Too many requests wait; `retry_after_s` is when to try again, in seconds."""
+
+    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class RequestTimeout(RequestError):
+    """The request took longer than it may."""
+
+
+class StepFailed(RequestError):
+    """The step that computed the request failed; other requests go on."""
+
+
+class EngineStopped(RequestError):
+    """The engine is shutting down or has died and takes no requests."""

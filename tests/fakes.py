@@ -17,6 +17,7 @@ from mlc_llm.runtime.runner import SampleRows, Step
 Logits = NDArray[np.float32]
 VOCAB_SIZE = 512
 PAGE_SIZE = 16
+HIDDEN_SIZE = 8
 
 
 def make_metadata(**changes: Any) -> LibraryMetadata:
@@ -95,6 +96,11 @@ class FakeRunner:
         """Sample by sorting, the plain way."""
         return np.asarray([_draw(row, rows, i) for i, row in enumerate(logits)], np.int32)
 
+    def copy_pages(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Copy the tokens of pages."""
+        pages = self._tokens.reshape(self.num_pages, PAGE_SIZE)
+        pages[list(targets)] = pages[list(sources)]
+
     def close(self) -> None:
         """Remember that it was closed."""
         self.is_closed = True
@@ -109,7 +115,7 @@ class FakeRunner:
 
     def _check(self, step: Step) -> None:
         n, batch = len(step.token_ids), len(step.context_len)
-        assert n <= self.metadata.prefill_chunk_size
+        assert n <= max(self.metadata.prefill_chunk_size, self.metadata.max_batch_size)
         assert step.positions.shape == step.slots.shape == (n,)
         assert step.query_start.shape == (batch + 1,) and step.query_start[-1] == n
         for array in vars(step).values():
@@ -125,12 +131,36 @@ class FakeRunner:
             assert step.slots[first:end].tolist() == slots.tolist()
 
 
+def hidden_state(tokens: Sequence[int]) -> NDArray[np.float32]:
+    """Return what `FakeEncodingRunner` makes of a sequence: a vector that every token changes."""
+    state = np.zeros(HIDDEN_SIZE)
+    for token in tokens:
+        state = np.sin(state * 3 + token + np.arange(HIDDEN_SIZE))
+    return state.astype(np.float32)
+
+
+class FakeEncodingRunner(FakeRunner):
+    """Like `FakeRunner`, for embeddings: the state of a token is a function of its sequence."""
+
+    def __init__(self, num_pages: int | None = None, **changes: Any) -> None:
+        super().__init__(num_pages=num_pages, model_task="embedding", **changes)
+        self.logits_of = hidden_state
+
+    def encode(self, step: Step) -> NDArray[np.float32]:
+        """Store the step's tokens in their slots; return the states of the wanted rows."""
+        return self.forward(step)
+
+
 def _draw(logits: Logits, rows: SampleRows, row: int) -> int:
+    if rows.temperature[row] < 1e-5:
+        return int(logits.argmax())
     weights = np.exp((logits - logits.max()).astype(np.float64) / rows.temperature[row])
     order = np.argsort(-weights, kind="stable")
+    if rows.top_k[row] > 0:
+        order = order[: rows.top_k[row]]
     sums = np.cumsum(weights[order])
     kept = order[: int(np.searchsorted(sums, rows.top_p[row] * sums[-1])) + 1]
-    assert rows.top_k[row] == 0 and rows.min_p[row] == 0
+    kept = kept[weights[kept] >= rows.min_p[row]]
     chosen = np.zeros(len(weights))
     chosen[kept] = weights[kept]
     sums = np.cumsum(chosen)

@@ -36,18 +36,22 @@ def read_weights(directory: Path) -> dict[str, NDArray[Any]]:
 
 def forward(config: Mapping[str, Any], weights: Weights, token_ids: Sequence[int]) -> Array:
     """Return logits (n, vocab) of one sequence; weights have Hugging Face names, any dtype."""
+    is_tied = config.get("tie_word_embeddings")
+    head = weights["model.embed_tokens.weight" if is_tied else "lm_head.weight"]
+    return hidden_states(config, weights, token_ids) @ head.astype(np.float64).T
+
+
+def hidden_states(config: Mapping[str, Any], weights: Weights, token_ids: Sequence[int]) -> Array:
+    """Return (n, hidden) after the final norm."""
     epsilon = config["rms_norm_eps"]
-    table = weights["model.embed_tokens.weight"].astype(np.float64)
-    hidden = table[np.asarray(token_ids)]
+    hidden = weights["model.embed_tokens.weight"].astype(np.float64)[np.asarray(token_ids)]
     for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}."
         normed = _rms_norm(hidden, weights[prefix + "input_layernorm.weight"], epsilon)
         hidden = hidden + _attention(config, weights, prefix + "self_attn.", normed)
         normed = _rms_norm(hidden, weights[prefix + "post_attention_layernorm.weight"], epsilon)
         hidden = hidden + _mlp(weights, prefix + "mlp.", normed)
-    hidden = _rms_norm(hidden, weights["model.norm.weight"], epsilon)
-    head = table if config.get("tie_word_embeddings") else weights["lm_head.weight"]
-    return hidden @ head.astype(np.float64).T
+    return _rms_norm(hidden, weights["model.norm.weight"], epsilon)
 
 
 def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:

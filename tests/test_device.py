@@ -1,5 +1,8 @@
 """Names of devices and CPUs: what they stand for, and what this machine can do with them."""
 
+import os
+from pathlib import Path
+
 import pytest
 
 from mlc_llm import device
@@ -134,3 +137,21 @@ def test_a_level_includes_those_below(on):
     on(HASWELL)
     assert missing_features(["x86-64", "x86-64-v2", "x86-64-v3"]) == []
     assert missing_features(["x86-64-v4", "avx512vnni"]) == ["avx512vnni", "x86-64-v4"]
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system has no affinity")
+def test_one_cpu_of_each_core(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    # Four cores of two threads each, of which this process may use three, one of them by half.
+    for cpu in range(8):
+        topology = tmp_path / f"cpu{cpu}" / "topology"
+        topology.mkdir(parents=True)
+        (topology / "thread_siblings_list").write_text(f"{cpu % 4},{cpu % 4 + 4}\n")
+    monkeypatch.setattr(device, "_CPUS", tmp_path)
+    monkeypatch.setattr(device, "_cgroup_cpus", lambda: None)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {5, 1, 2, 7, 6})
+    assert device.cpus_of_cores() == [1, 2, 7]
+    assert device._physical_cores() == 3
+    monkeypatch.setattr(device, "_cgroup_cpus", lambda: 2.5)
+    assert device._physical_cores() == 2
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert device.cpus_of_cores() == []

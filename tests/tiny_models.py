@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from paged_sequence import PagedSequence
 from reference_cases import get_case
 
 from mlc_llm.artifact import read_chat_config
-from mlc_llm.runtime.pages import PagedSequence
 from mlc_llm.runtime.runner import ModelRunner, Step
 
 # What quantized linears multiply: exact float32 activations, or the default, rounded to int8.

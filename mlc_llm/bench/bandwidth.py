@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from mlc_llm.device import cpus_of_cores
 from mlc_llm.errors import MlcError
 
 _READER_PATH = Path(__file__).with_name("bandwidth_reader.py")
@@ -18,15 +19,18 @@ class BandwidthMeter:
     """Measures how fast `num_threads` threads can read memory; close it after use."""
 
     def __init__(self, num_threads: int) -> None:
+        command = [sys.executable, "-I", "-S", str(_READER_PATH), str(num_threads)]
+        if cpus := cpus_of_cores():
+            command.append(",".join(str(cpu) for cpu in cpus))
         self._process = subprocess.Popen(
-            [sys.executable, "-I", str(_READER_PATH), str(num_threads)],
+            command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
 
     def read_gb_s(self) -> float:
-        """Return the best of a few passes over 256 MB, in GB/s. Raises MlcError if it is gone."""
+        """Return the best of many passes over 256 MB, in GB/s. Raises MlcError if it is gone."""
         assert self._process.stdin is not None and self._process.stdout is not None
         try:
             self._process.stdin.write("\n")

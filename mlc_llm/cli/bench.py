@@ -90,10 +90,10 @@ def bench(
 
     GB/s are the bytes of the weights, without an embedding table that is only looked up, over the
     time of a decode step. The bandwidth they are compared with is the rate at which as many threads
-    read 256 MB with NumPy, taken between the runs.
+    read 256 MB, each bound to a core, taken between the runs.
     """
     from mlc_llm.artifact import write_atomically
-    from mlc_llm.bench.plot import check_plot, draw
+    from mlc_llm.bench.plot import draw
     from mlc_llm.bench.workloads import plan_workloads
     from mlc_llm.prepare.cache import storage_errors
 
@@ -109,11 +109,7 @@ def bench(
     _require_at_least("--repeats", repeats, 1)
     _require_at_least("--warmup", warmup, 0)
     _require_at_least("--seed", seed, 0)
-    for name, path in (("--json", json_path), ("--plot", plot)):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise OptionError(f"{name} {path}: there is no directory {path.parent}; make it first")
-    if plot is not None:
-        check_plot(plot)
+    check_outputs(json_path, plot)
     require_library(model_lib)
     use_threads(threads)
     subject = Subject(model, random_weights, quantization, device, level, values, model_lib, seed)
@@ -140,6 +136,17 @@ def parse_sizes(name: str, text: str, least: int) -> list[int]:
     if len(set(sizes)) < len(sizes):
         raise OptionError(f"{name} {text!r} names a number twice; name each once")
     return sizes
+
+
+def check_outputs(json_path: Path | None, plot: Path | None) -> None:
+    """Raise OptionError if --json or --plot cannot be written, before anything is measured."""
+    from mlc_llm.bench.plot import check_plot
+
+    for name, path in (("--json", json_path), ("--plot", plot)):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise OptionError(f"{name} {path}: there is no directory {path.parent}; make it first")
+    if plot is not None:
+        check_plot(plot)
 
 
 def _require_at_least(name: str, value: int, least: int) -> None:
@@ -189,18 +196,22 @@ def _measure(
 
 
 def _print_table(report: Report) -> None:
+    from mlc_llm.bench.report import HEADER
+
+    print(f"{report.model}, {report.quantization}, {report.device}, {report.threads} threads")
+    print_table(HEADER, report.rows())
+    print(report.summary())
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print rows of cells under a header; columns that have no name are flush left."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    from mlc_llm.bench.report import HEADER
-
-    title = f"{report.model}, {report.quantization}, {report.device}, {report.threads} threads"
-    print(title)
     table = Table(box=box.SIMPLE_HEAD)
-    for name in HEADER:
+    for name in header:
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
-    for row in report.rows():
+    for row in rows:
         table.add_row(*row)
     Console(file=sys.stdout, width=_TABLE_WIDTH).print(table)
-    print(report.summary())

@@ -17,7 +17,7 @@ from mlc_llm.errors import OptionError
 
 if TYPE_CHECKING:
     from mlc_llm.bench.workloads import Workload
-    from mlc_llm.cli.options import Caches
+    from mlc_llm.prepare.caches import Caches
     from mlc_llm.prepare.progress import Progress
     from mlc_llm.runtime.runner import ModelRunner
 
@@ -76,7 +76,7 @@ def load_subject(
     from mlc_llm.artifact import read_chat_config
     from mlc_llm.bench.random_weights import random_parameters, weight_bytes_of
     from mlc_llm.bench.workloads import check_workloads, num_pages_of
-    from mlc_llm.engine.session import check_library
+    from mlc_llm.engine.open import check_library
     from mlc_llm.quantization.schemes import get_scheme
     from mlc_llm.runtime.library import load_library, num_threads
     from mlc_llm.runtime.model import CompiledRunner

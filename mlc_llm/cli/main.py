@@ -13,16 +13,17 @@ Knows the commands by name only; what a command needs is imported when it runs.
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 import mlc_llm
-from mlc_llm.cli import bench, chat, compile, convert_weight, demo_model, doctor, gen_config
 from mlc_llm.errors import MlcError, OptionError
 
 # Typer carries click under a changing name; this is its "bad command line" class in all of them.
@@ -30,24 +31,52 @@ _UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 
 _DEBUG_VARIABLE = "MLC_LLM_DEBUG"
 
+# Command -> its module in this package and the function there, in the order of --help.
+_COMMANDS: Mapping[str, tuple[str, str]] = {
+    "chat": ("chat", "chat"),
+    "serve": ("serve", "serve"),
+    "bench": ("bench", "bench"),
+    "bench serve": ("bench_serve", "bench_serve"),
+    "gen_config": ("gen_config", "gen_config"),
+    "convert_weight": ("convert_weight", "convert_weight"),
+    "compile": ("compile", "compile_library"),
+    "demo-model": ("demo_model", "demo_model"),
+    "doctor": ("doctor", "doctor"),
+}
 
-def build_app() -> typer.Typer:
-    """Return the command line with all its commands."""
+
+class _Commands(TyperGroup):
+    """Finds commands whose names are two words, such as `bench serve` beside `bench`."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        two_words = " ".join(args[:2])
+        if two_words in self.commands:
+            args = [two_words, *args[2:]]
+        return super().resolve_command(ctx, args)
+
+
+def build_app(words: Sequence[str] = ()) -> typer.Typer:
+    """Return the command line with the command that `words` begin with, or with all commands.
+
+    Making a command of a function takes milliseconds, and its module may import others: `chat`
+    does not wait for what only `serve` needs.
+    """
     app = typer.Typer(
         name="mlc_llm",
+        cls=_Commands,
         add_completion=False,
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback(invoke_without_command=True)(_root)
-    app.command("chat")(_return_error(chat.chat))
-    app.command("bench")(_return_error(bench.bench))
-    app.command("gen_config")(_return_error(gen_config.gen_config))
-    app.command("convert_weight")(_return_error(convert_weight.convert_weight))
-    app.command("compile")(_return_error(compile.compile_library))
-    app.command("demo-model")(_return_error(demo_model.demo_model))
-    app.command("doctor")(_return_error(doctor.doctor))
+    rest = words[1:] if words[:1] == ["--debug"] else words
+    # One word, or two that belong together; a misspelt one is compared with all.
+    named = {" ".join(rest[:count]) for count in (1, 2)} & _COMMANDS.keys()
+    for name in named or _COMMANDS:
+        module, function = _COMMANDS[name]
+        command = getattr(importlib.import_module(f"mlc_llm.cli.{module}"), function)
+        app.command(name)(_return_error(command))
     return app
 
 
@@ -57,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     is_debug = "--debug" in words[:1] or os.environ.get(_DEBUG_VARIABLE, "0") not in ("", "0")
     _replace_unprintable()
     try:
-        error = build_app()(args=words, prog_name="mlc_llm", standalone_mode=False)
+        error = build_app(words)(args=words, prog_name="mlc_llm", standalone_mode=False)
         sys.stdout.flush()
     except (Exception, KeyboardInterrupt) as raised:
         error = raised

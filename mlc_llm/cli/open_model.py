@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mlc_llm.cli.options import CHAT_OVERRIDES, Caches
+from mlc_llm.cli.options import CHAT_OVERRIDES
 from mlc_llm.errors import ModelNotFound, OptionError
 
 if TYPE_CHECKING:
+    from mlc_llm.prepare.caches import Caches
     from mlc_llm.prepare.progress import Progress
 
 ModelArgument = Annotated[

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,8 +15,7 @@ import typer
 from mlc_llm.errors import OptionError
 
 if TYPE_CHECKING:
-    from mlc_llm.prepare.cache import CacheHome, CachePolicy
-    from mlc_llm.prepare.download import HubAccess
+    from mlc_llm.prepare.caches import Caches
 
 DeviceOption = Annotated[
     str, typer.Option(metavar="NAME[:ID]", help="Device to run on: auto, cpu or cpu:0.")
@@ -60,6 +58,7 @@ COMPILE_OVERRIDES: Mapping[str, type] = {
     "tensor_parallel_shards": int,
     "pipeline_parallel_stages": int,
     "kv_cache_dtype": str,
+    "model_task": str,
     "disaggregation": bool,
 }
 
@@ -129,24 +128,8 @@ def require_text(name: str, text: str) -> str:
     return text
 
 
-@dataclass(frozen=True)
-class Caches:
-    """Where downloads and compiled libraries are kept, what may be done with them, which hub."""
-
-    hub: HubAccess
-    home: CacheHome
-    download_policy: CachePolicy
-    jit_policy: CachePolicy
-
-
 def read_caches(environment: Mapping[str, str] = os.environ) -> Caches:
     """Read the MLC_ and HF_ variables of the environment. Raises OptionError."""
-    from mlc_llm.prepare.cache import CacheHome, CachePolicy
-    from mlc_llm.prepare.download import HubAccess
+    from mlc_llm.prepare.caches import Caches
 
-    return Caches(
-        hub=HubAccess.from_environment(environment),
-        home=CacheHome.from_environment(environment),
-        download_policy=CachePolicy.parse("MLC_DOWNLOAD_CACHE_POLICY", environment),
-        jit_policy=CachePolicy.parse("MLC_JIT_POLICY", environment),
-    )
+    return Caches.from_environment(environment)

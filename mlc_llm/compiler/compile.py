@@ -22,9 +22,9 @@ from mlc_llm.artifact import (
 )
 from mlc_llm.compiler.pipeline import PACK_FUNCTION, phases, temporary_bytes
 from mlc_llm.compiler.target import describe_target, host_triple
-from mlc_llm.errors import CompileError, LinkerNotFound
-from mlc_llm.kernels.cpu.isa import find_isa
-from mlc_llm.models.base import CausalLM
+from mlc_llm.errors import CompileError, LinkerNotFound, OptionError
+from mlc_llm.kernels.cpu.isa import find_bf16_isa, find_isa
+from mlc_llm.models.base import STEP_ENTRIES, CausalLM
 from mlc_llm.models.registry import get_family
 from mlc_llm.quantization.apply import build_quantized
 from mlc_llm.quantization.schemes import get_scheme
@@ -38,7 +38,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class CompileOptions:
-    """What the user may choose: device, optimisation level, overrides, a directory for IR."""
+    """What the user may choose: device, optimisation level, overrides, a directory for IR.
+
+    The override `model_task` ("chat" or "embedding") goes before the model's own task.
+    """
 
     device: str = "auto"
     opt: str = "O2"
@@ -79,7 +82,7 @@ class CompiledModel:
     def memory_plan(self) -> str:
         """Return the bytes of parameters, temporaries and KV for people to read."""
         parameters = sum(spec.size_bytes for spec in self.metadata.params)
-        temporary = self.metadata.memory_usage["forward"]
+        temporary = self.metadata.memory_usage[STEP_ENTRIES[self.metadata.model_task]]
         kv_token = self.metadata.kv_cache.bytes_per_token
         context = self.metadata.context_window_size
         total = parameters + temporary + kv_token * context
@@ -127,21 +130,27 @@ def compile_model(
     Raises OptionError, DeviceError, UnsupportedModel or CompileError.
     """
     family = get_family(config.model_type)
-    model_config = family.config_from_json(config.model_config).with_overrides(options.overrides)
+    overrides = dict(options.overrides)
+    task = overrides.pop("model_task", config.model_task)
+    if task not in STEP_ENTRIES:
+        raise OptionError(f"model_task={task!r} is not one of {', '.join(STEP_ENTRIES)}")
+    model_config = family.config_from_json(config.model_config).with_overrides(overrides)
     scheme = get_scheme(config.quantization)
     described = describe_target(options.device, options.opt)
     target = tvm.target.Target(described["target"])
 
     progress("export")
-    int8_isa = None
-    if described["activations"] == "int8":
+    int8_isa = bf16_isa = None
+    if described["activations"] != "float32":
         int8_isa = find_isa(described["isa"]).name
-    model = build_quantized(family, model_config, scheme, int8_isa)
+        found = find_bf16_isa(described["isa"])
+        bf16_isa = None if found is None else found.name
+    model = build_quantized(family, model_config, scheme, int8_isa, bf16_isa)
     with target:
-        mod, parameters = model.export_tvm(model.export_spec())
+        mod, parameters = model.export_tvm(model.export_spec(task))
     with _stage_errors("lowering"), target:
-        mod, temporary = _lower(mod, model, options.debug_dump, progress)
-    metadata = _describe(config, model, parameters, temporary, described)
+        mod, temporary = _lower(mod, model, task, options.debug_dump, progress)
+    metadata = _describe(config, model, task, parameters, temporary, described)
     mod["_metadata"] = _constant_function(metadata.to_json())
     progress("generate code")
     with _stage_errors("code generation"):
@@ -150,20 +159,24 @@ def compile_model(
 
 
 def _lower(
-    mod: tvm.IRModule, model: CausalLM, dump: Path | None, progress: Callable[[str], None]
+    mod: tvm.IRModule,
+    model: CausalLM,
+    task: str,
+    dump: Path | None,
+    progress: Callable[[str], None],
 ) -> tuple[tvm.IRModule, dict[str, int]]:
-    config = model.config
+    config, entry = model.config, STEP_ENTRIES[task]
     chunk, batch = config.prefill_chunk_size, config.max_batch_size
     bounds = {"n": max(chunk, batch), "b": batch, "num_starts": batch + 1, "r": batch}
     temporary: dict[str, int] = {}
     _dump(dump, 0, "export", mod)
-    for index, (name, passes) in enumerate(phases(bounds), 1):
+    for index, (name, passes) in enumerate(phases(bounds, entry), 1):
         progress(name.replace("_", " "))
         mod = tvm.transform.Sequential(passes, name=name)(mod)
         _dump(dump, index, name, mod)
         if name == "plan_memory":
             temporary = {
-                function: temporary_bytes(mod, function) for function in ("forward", PACK_FUNCTION)
+                function: temporary_bytes(mod, function) for function in (entry, PACK_FUNCTION)
             }
     return mod, temporary
 
@@ -179,6 +192,7 @@ def _dump(directory: Path | None, index: int, name: str, mod: tvm.IRModule) -> N
 def _describe(
     config: ChatConfig,
     model: CausalLM,
+    task: str,
     parameters: list[tuple[str, Any]],
     temporary: dict[str, int],
     described: dict[str, Any],
@@ -202,6 +216,7 @@ def _describe(
         target=described["target"],
         isa=described["isa"],
         compiler_version=packages.version("apache-tvm"),
+        model_task=task,
         model_config=shape.to_json(),
     )
 

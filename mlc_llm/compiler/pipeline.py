@@ -10,7 +10,6 @@ from tvm import relax
 from tvm.relax import transform
 
 PACK_FUNCTION = "pack_params"
-_LIFTED = "forward_transform_params"
 
 # Phase -> passes. Each phase is one file of a debug dump.
 _SHARE_PACKING = [transform.EliminateCommonSubexpr()]
@@ -31,39 +30,46 @@ _LOWER_TO_VM = [
 ]
 
 
-def phases(bounds: Mapping[str, int]) -> list[tuple[str, list[Any]]]:
-    """Return named phases of passes; `bounds` limits the symbolic sizes for memory planning."""
+def phases(bounds: Mapping[str, int], entry: str = "forward") -> list[tuple[str, list[Any]]]:
+    """Return named phases of passes.
+
+    `bounds` limits the symbolic sizes of `entry`, which runs a step, for memory planning.
+    """
     return [
-        ("lift_packing", [*_SHARE_PACKING, lift_packing, bound_sizes(bounds)]),
+        ("lift_packing", [*_SHARE_PACKING, lift_packing(entry), bound_sizes(bounds, entry)]),
         ("lower", _LOWER),
         ("plan_memory", _PLAN_MEMORY),
         ("lower_to_vm", _LOWER_TO_VM),
     ]
 
 
-@tvm.transform.module_pass(opt_level=0, name="LiftPacking")  # type: ignore[untyped-decorator]
-def lift_packing(mod: tvm.IRModule, _: tvm.transform.PassContext) -> tvm.IRModule:
-    """Move what depends on weights alone into `pack_params`: portable tuple -> packed tuple."""
-    kernels = {
-        var: func for var, func in mod.functions.items() if isinstance(func, tvm.tirx.PrimFunc)
-    }
-    alone = tvm.IRModule({**kernels, mod.get_global_var("forward"): mod["forward"]})
-    lifted = transform.LiftTransformParams()(alone)
-    pack = lifted[_LIFTED].without_attr("num_input").with_attr("global_symbol", PACK_FUNCTION)
-    forward = transform.BundleModelParams()(tvm.IRModule({"forward": lifted["forward"]}))
-    functions = dict(mod.functions.items())
-    functions[mod.get_global_var("forward")] = forward["forward"]
-    functions[tvm.ir.GlobalVar(PACK_FUNCTION)] = pack
-    return tvm.IRModule(functions, attrs=mod.attrs)
+def lift_packing(entry: str) -> Any:
+    """Return a pass: what depends on weights alone moves into `pack_params`, tuple -> tuple."""
+
+    @tvm.transform.module_pass(opt_level=0, name="LiftPacking")  # type: ignore[untyped-decorator]
+    def lift(mod: tvm.IRModule, _: tvm.transform.PassContext) -> tvm.IRModule:
+        kernels = {
+            var: func for var, func in mod.functions.items() if isinstance(func, tvm.tirx.PrimFunc)
+        }
+        step = mod.get_global_var(entry)
+        lifted = transform.LiftTransformParams()(tvm.IRModule({**kernels, step: mod[entry]}))
+        pack = lifted[f"{entry}_transform_params"].without_attr("num_input")
+        bundled = transform.BundleModelParams()(tvm.IRModule({entry: lifted[entry]}))
+        functions = dict(mod.functions.items())
+        functions[step] = bundled[entry]
+        functions[tvm.ir.GlobalVar(PACK_FUNCTION)] = pack.with_attr("global_symbol", PACK_FUNCTION)
+        return tvm.IRModule(functions, attrs=mod.attrs)
+
+    return lift
 
 
-def bound_sizes(bounds: Mapping[str, int]) -> Any:
-    """Return a pass that tells the memory planner the largest symbolic sizes of `forward`."""
+def bound_sizes(bounds: Mapping[str, int], entry: str) -> Any:
+    """Return a pass that tells the memory planner the largest symbolic sizes of a function."""
 
     @tvm.transform.module_pass(opt_level=0, name="BoundSizes")  # type: ignore[untyped-decorator]
     def attach(mod: tvm.IRModule, _: tvm.transform.PassContext) -> tvm.IRModule:
-        forward = mod["forward"].with_attr("tir_var_upper_bound", dict(bounds))
-        mod.update_func(mod.get_global_var("forward"), forward)
+        function = mod[entry].with_attr("tir_var_upper_bound", dict(bounds))
+        mod.update_func(mod.get_global_var(entry), function)
         return mod
 
     return attach

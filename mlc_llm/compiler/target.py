@@ -10,7 +10,8 @@ from mlc_llm.errors import OptionError
 
 # Optimisation level -> LLVM's. O2 is the default everywhere.
 _LLVM_LEVELS = {"O0": 0, "O1": 1, "O2": 2, "O3": 3}
-# What quantized linears multiply: int8 is faster, float32 keeps activations exact.
+# What linears multiply: int8 is faster, float32 keeps activations exact. With int8, bfloat16
+# weights, which no int8 can stand for, meet bfloat16 activations where the CPU has the instruction.
 ACTIVATIONS = ("int8", "float32")
 # MLC LLM's switches; they steer CUDA and ROCm kernels only.
 _GPU_SWITCHES = (

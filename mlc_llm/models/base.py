@@ -1,4 +1,4 @@
-"""What every causal language model shares: the `forward` entry and its export.
+"""What every causal language model shares: the entries of its library and their export.
 
 Only what every model needs. Rarer things live in their family's file or in `nn/`.
 """
@@ -21,12 +21,18 @@ from mlc_llm.nn.kv import PagedKV
 from mlc_llm.nn.linear import Embedding, Linear
 from mlc_llm.nn.mlp import GatedMLP
 from mlc_llm.nn.norm import RMSNorm
+from mlc_llm.nn.ops import Rows
 
 PAGE_SIZE = 16
+# What a library is for -> its entry that runs a step.
+STEP_ENTRIES: Mapping[str, str] = {"chat": "forward", "embedding": "encode"}
 
 
 class CausalLM(nn.Module):
-    """A decoder with an output layer. One step: new tokens of several sequences -> logits."""
+    """A decoder with an output layer. One step: new tokens of several sequences -> logits.
+
+    A library for embeddings has `encode` in place of `forward`: hidden states instead of logits.
+    """
 
     def __init__(self, config: DecoderConfig, dtype: str, model: Decoder) -> None:
         super().__init__()
@@ -62,9 +68,40 @@ class CausalLM(nn.Module):
         All int32: token_ids, positions, slots (n); query_start (b + 1); page_table (b, p);
         context_len (b), this step's tokens included; logit_rows (r), rows of the step.
         """
-        rope = self.config.rope
-        frequencies = nn.Tensor.from_const(rope.inverse_frequencies())
-        kv = PagedKV(
+        kv = self._paged_kv(positions, query_start, slots, page_table, context_len, kv_pages)
+        rows = self._normed_rows(token_ids, logit_rows, kv)
+        head = self.model.embed_tokens.logits if self.config.tie_word_embeddings else self.lm_head
+        return head(rows), kv.pages
+
+    def encode(
+        self,
+        token_ids: nn.Tensor,
+        positions: nn.Tensor,
+        query_start: nn.Tensor,
+        slots: nn.Tensor,
+        page_table: nn.Tensor,
+        context_len: nn.Tensor,
+        logit_rows: nn.Tensor,
+        kv_pages: list[nn.Tensor],
+    ) -> tuple[nn.Tensor, list[nn.Tensor]]:
+        """Run one step as `forward` does; return hidden states after the final norm instead.
+
+        They are (r, hidden) float32, one for each of `logit_rows`.
+        """
+        kv = self._paged_kv(positions, query_start, slots, page_table, context_len, kv_pages)
+        return self._normed_rows(token_ids, logit_rows, kv).materialize(), kv.pages
+
+    def _paged_kv(
+        self,
+        positions: nn.Tensor,
+        query_start: nn.Tensor,
+        slots: nn.Tensor,
+        page_table: nn.Tensor,
+        context_len: nn.Tensor,
+        kv_pages: list[nn.Tensor],
+    ) -> PagedKV:
+        frequencies = nn.Tensor.from_const(self.config.rope.inverse_frequencies())
+        return PagedKV(
             positions=positions,
             query_start=query_start,
             slots=slots,
@@ -73,10 +110,12 @@ class CausalLM(nn.Module):
             pages=list(kv_pages),
             rope_table=ops.rope_table(positions, frequencies, 1.0),
         )
+
+    def _normed_rows(self, token_ids: nn.Tensor, rows: nn.Tensor, kv: PagedKV) -> Rows:
+        """Run all layers; return the given rows (r) of the step after the final norm."""
         hidden = self.model(self.model.embed_tokens(token_ids), kv)
-        hidden = self.model.norm(ops.take_rows(hidden, logit_rows))
-        head = self.model.embed_tokens.logits if self.config.tie_word_embeddings else self.lm_head
-        return head(hidden), kv.pages
+        normed: Rows = self.model.norm(ops.take_rows(hidden, rows))
+        return normed
 
     def sample(
         self,
@@ -90,8 +129,11 @@ class CausalLM(nn.Module):
         """Choose a token for each row of logits (r, v): (r) int32, see `runner.SampleRows`."""
         return ops.sample(logits, temperature, top_p, min_p, top_k, uniform)
 
-    def export_spec(self) -> spec.ModuleSpec:
-        """Return the signatures of the entries for the exporter, with symbolic sizes."""
+    def export_spec(self, task: str = "chat") -> spec.ModuleSpec:
+        """Return the signatures of the entries for the exporter, with symbolic sizes.
+
+        task: one of `STEP_ENTRIES`. A library for chats also has `sample`.
+        """
         layout = self.kv_layout()
         page_shape = ["num_pages", *layout.page_shape(0)[1:]]
         pages = [spec.Tensor(page_shape, layout.dtype) for _ in range(layout.num_layers)]
@@ -106,6 +148,8 @@ class CausalLM(nn.Module):
             "kv_pages": pages,
             "$": {"param_mode": "plain", "effect_mode": "none"},
         }
+        if task != "chat":
+            return spec.ModuleSpec.from_raw({STEP_ENTRIES[task]: entry}, self)
         row_settings = ("temperature", "top_p", "min_p")
         sample = {
             "logits": spec.Tensor(["r", "v"], "float32"),
@@ -114,7 +158,7 @@ class CausalLM(nn.Module):
             "uniform": spec.Tensor(["r"], "float64"),
             "$": {"param_mode": "none", "effect_mode": "none"},
         }
-        return spec.ModuleSpec.from_raw({"forward": entry, "sample": sample}, self)
+        return spec.ModuleSpec.from_raw({STEP_ENTRIES[task]: entry, "sample": sample}, self)
 
 
 def build_decoder(

@@ -1,4 +1,4 @@
-"""Linear and embedding layers, plain and group-quantized, with one calling convention."""
+"""Linear and embedding layers, plain, in pairs of bfloat16 and group-quantized: one interface."""
 
 from __future__ import annotations
 
@@ -38,6 +38,42 @@ class Embedding(nn.Module):
     def logits(self, x: nn.Tensor | Rows) -> nn.Tensor:
         """Return (n, vocab) float32: products with every row of the table."""
         return ops.linear_packed(x, ops.pack_linear(self.weight), None, self.num_embeddings)
+
+
+class Bf16Linear(nn.Module):
+    """Linear whose input is rounded to bfloat16, to be multiplied with bfloat16 weights.
+
+    isa: name of the instruction set that does it, see `kernels.cpu.isa.BF16_ISAS`.
+    """
+
+    def __init__(self, linear: Linear, isa: str) -> None:
+        super().__init__()
+        self.out_features, self.isa = linear.out_features, isa
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def forward(self, x: nn.Tensor | Rows) -> nn.Tensor:
+        """Return (n, out) float32 for x (n, in) float32."""
+        packed = ops.pack_pairs(self.weight)
+        return ops.bf16_linear_packed(x, packed, self.bias, self.out_features, self.isa)
+
+
+class Bf16Embedding(nn.Module):
+    """Embedding whose logits are computed as `Bf16Linear` does."""
+
+    def __init__(self, table: Embedding, isa: str) -> None:
+        super().__init__()
+        self.num_embeddings, self.features = table.num_embeddings, table.features
+        self.weight, self.isa = table.weight, isa
+
+    def forward(self, ids: nn.Tensor) -> nn.Tensor:
+        """Return (n, hidden) float32 for ids (n) int32."""
+        packed = ops.pack_pairs(self.weight)
+        return ops.bf16_embed_packed(ids, packed, self.num_embeddings, self.features)
+
+    def logits(self, x: nn.Tensor | Rows) -> nn.Tensor:
+        """Return (n, vocab) float32: products with every row of the table."""
+        packed = ops.pack_pairs(self.weight)
+        return ops.bf16_linear_packed(x, packed, None, self.num_embeddings, self.isa)
 
 
 class GroupQuantizedLinear(nn.Module):

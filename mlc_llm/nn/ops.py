@@ -11,9 +11,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from tvm.relax.frontend import nn
+from tvm.target import Target
+from tvm.target.codegen import target_has_features
 
 from mlc_llm.kernels.cpu import (
     activations,
+    bf16_activations,
+    bf16_linear,
     elementwise,
     group_linear,
     int8_linear,
@@ -33,6 +37,12 @@ _kernel = functools.lru_cache(maxsize=None)(lambda factory, *args: factory(*args
 def _emit(name: str, kernel: Any, args: list[Any], shape: list[Any], dtype: str = "float32") -> Any:
     out = nn.Tensor.placeholder(shape, dtype)
     return nn.op.tensor_ir_op(kernel, name, args, out)
+
+
+def _has_wide_registers() -> bool:
+    """Return whether the CPU that is compiled for has 32 registers of 16 float32 lanes."""
+    target = Target.current(allow_none=True)
+    return target is None or bool(target_has_features("avx512f", target))
 
 
 @dataclass(frozen=True)
@@ -102,7 +112,10 @@ def linear_packed(
     """Return x · weightᵀ (+ bias); x (n, in) float32."""
     x = _tensor(x)
     n, in_features = x.shape
-    kernel = _kernel(linear.matmul, out_features, int(in_features), packed.dtype, bias is not None)
+    rows = linear.ROWS if _has_wide_registers() else linear.FEW_ROWS
+    kernel = _kernel(
+        linear.matmul, out_features, int(in_features), packed.dtype, bias is not None, rows
+    )
     args = [x, packed] if bias is None else [x, packed, bias]
     return _emit("linear", kernel, args, [n, out_features])
 
@@ -111,6 +124,39 @@ def embed_packed(ids: nn.Tensor, packed: nn.Tensor, num_embeddings: int) -> nn.T
     """Return rows of a packed table as float32; ids (n) int32."""
     features = int(packed.shape[1])
     kernel = _kernel(linear.embed, num_embeddings, features, packed.dtype)
+    return _emit("embed", kernel, [ids, packed], [ids.shape[0], features])
+
+
+def pack_pairs(weight: nn.Tensor) -> nn.Tensor:
+    """Return an (out, in) bfloat16 weight as pairs of inputs; lifted into `pack_params`."""
+    out_features, in_features = (int(extent) for extent in weight.shape)
+    kernel = _kernel(bf16_linear.pack, out_features, in_features)
+    shape = list(bf16_linear.packed_shape(out_features, in_features))
+    return _emit("pack_pairs", kernel, [weight], shape, "uint32")
+
+
+def bf16_linear_packed(
+    x: nn.Tensor | Rows, packed: nn.Tensor, bias: nn.Tensor | None, out_features: int, isa: str
+) -> nn.Tensor:
+    """Return bfloat16(x) · weightᵀ (+ bias), float32; packed by `pack_pairs`."""
+    n, in_features = _extents(x)
+    source, inputs = _source(x)
+    kernel = _kernel(bf16_activations.round_activations, in_features, source, isa)
+    step = bf16_activations.ROW_STEP
+    shape = [(n + step - 1) // step * step, bf16_activations.row_words(in_features)]
+    name = "round" if source.kind == "plain" else f"{source.kind}_round"
+    pairs = _emit(name, kernel, list(inputs), shape, "int32")
+    bias_dtype = None if bias is None else bias.dtype
+    kernel = _kernel(bf16_linear.matmul, out_features, in_features, isa, bias_dtype)
+    args = [pairs, packed] if bias is None else [pairs, packed, bias]
+    return _emit("bf16_linear", kernel, args, [n, out_features])
+
+
+def bf16_embed_packed(
+    ids: nn.Tensor, packed: nn.Tensor, num_embeddings: int, features: int
+) -> nn.Tensor:
+    """Return rows of a table packed by `pack_pairs` as float32; ids (n) int32."""
+    kernel = _kernel(bf16_linear.embed, num_embeddings, features)
     return _emit("embed", kernel, [ids, packed], [ids.shape[0], features])
 
 
@@ -158,7 +204,10 @@ def group_linear_packed(
     if int8_isa is None:
         x = _tensor(x)
         n, in_features = x.shape
-        kernel = _kernel(group_linear.matmul, out_features, int(in_features), form, bias_dtype)
+        rows = linear.ROWS if _has_wide_registers() else linear.FEW_ROWS
+        kernel = _kernel(
+            group_linear.matmul, out_features, int(in_features), form, bias_dtype, rows
+        )
         return _emit("group_linear", kernel, [x, *packed, *extra], [n, out_features])
     n, in_features = _extents(x)
     shape = Int8Shape(out_features, in_features, form, int8_isa)
@@ -168,17 +217,21 @@ def group_linear_packed(
 
 
 def _quantize_activations(x: nn.Tensor | Rows, shape: Int8Shape) -> nn.Tensor:
-    source = Source()
-    inputs: tuple[Any, ...] = (x,)
-    if isinstance(x, Rows):
-        weight_dtype = x.inputs[1].dtype if x.kind == "rms_norm" else "float32"
-        source, inputs = Source(x.kind, weight_dtype, x.eps), x.inputs
+    source, inputs = _source(x)
     # The kernel depends on the input alone: layers of one width share it.
     any_output = dataclasses.replace(shape, out_features=1)
     kernel = _kernel(activations.quantize_activations, any_output, source)
     tiles = (inputs[0].shape[0] + activations.TILE - 1) // activations.TILE
     name = "quantize" if source.kind == "plain" else f"{source.kind}_quantize"
     return _emit(name, kernel, list(inputs), [tiles, shape.width * activations.TILE], "int32")
+
+
+def _source(x: nn.Tensor | Rows) -> tuple[Source, tuple[nn.Tensor, ...]]:
+    """Return where a kernel that rounds activations takes them from, and its inputs."""
+    if not isinstance(x, Rows):
+        return Source(), (x,)
+    weight_dtype = x.inputs[1].dtype if x.kind == "rms_norm" else "float32"
+    return Source(x.kind, weight_dtype, x.eps), x.inputs
 
 
 def group_embed_packed(
@@ -224,6 +277,8 @@ def paged_attention(
     shape: AttentionShape,
 ) -> nn.Tensor:
     """Return causal attention over the pages of each token's sequence, (n, heads * head_dim)."""
+    if not _has_wide_registers():
+        shape = dataclasses.replace(shape, span=1)
     kernel = _kernel(attention_kernels.paged_attention, shape)
     args = [q, pages, query_start, page_table, context_len, positions]
     width = shape.num_heads * shape.head_dim

@@ -46,6 +46,7 @@ _COMPILE_OVERRIDES = (
     "tensor_parallel_shards",
     "pipeline_parallel_stages",
     "kv_cache_dtype",
+    "model_task",
 )
 _COMPILER_PARTS = ("compiler", "kernels", "models", "nn", "quantization")
 _COMPILER_PACKAGES = ("apache-tvm", "apache-tvm-ffi")
@@ -124,6 +125,7 @@ def library_key(config: ChatConfig, target: Mapping[str, Any], overrides: Mappin
         "compiler": {name: importlib.metadata.version(name) for name in _COMPILER_PACKAGES},
         "model_type": config.model_type,
         "quantization": config.quantization,
+        "model_task": config.model_task,
         "model_config": config.model_config,
         "limits": [
             config.context_window_size,

@@ -18,6 +18,8 @@ from mlc_llm.models.base import CausalLM, Family
 from mlc_llm.models.config import DecoderConfig
 from mlc_llm.models.plan import ParamPlan, Quantize
 from mlc_llm.nn.linear import (
+    Bf16Embedding,
+    Bf16Linear,
     Embedding,
     GroupQuantizedEmbedding,
     GroupQuantizedLinear,
@@ -30,18 +32,24 @@ _FINAL_LAYERS = ("head", "lm_head", "lm_head.linear", "embed_out")
 
 
 def build_quantized(
-    family: Family, config: DecoderConfig, scheme: Scheme, int8_isa: str | None = None
+    family: Family,
+    config: DecoderConfig,
+    scheme: Scheme,
+    int8_isa: str | None = None,
+    bf16_isa: str | None = None,
 ) -> CausalLM:
     """Build a family's module with its layers quantized by `scheme`.
 
-    int8_isa: instruction set for kernels with int8 activations; None keeps them float32.
+    int8_isa, bf16_isa: instruction sets for kernels that round activations to int8, for quantized
+    weights, and to bfloat16, for bfloat16 weights; None keeps activations float32.
     """
     model = family.build(config, scheme.dtype)
-    if scheme.kind == "group":
-        for path, layer in list(_named_modules(model, "")):
-            replacement = _quantized_layer(path, layer, scheme, int8_isa)
-            if replacement is not None:
-                _replace(model, path, replacement)
+    for path, layer in list(_named_modules(model, "")):
+        replacement = _quantized_layer(path, layer, scheme, int8_isa)
+        if replacement is None and scheme.dtype == "bfloat16" and bf16_isa is not None:
+            replacement = _bf16_layer(layer, bf16_isa)
+        if replacement is not None:
+            _replace(model, path, replacement)
     return model
 
 
@@ -104,6 +112,12 @@ def _quantized_layer(
     if isinstance(layer, Linear):
         return GroupQuantizedLinear(layer, group_format(scheme, is_linear=True), int8_isa)
     return GroupQuantizedEmbedding(layer, group_format(scheme, is_linear=False), int8_isa)
+
+
+def _bf16_layer(layer: nn.Module, isa: str) -> nn.Module | None:
+    if isinstance(layer, Linear):
+        return Bf16Linear(layer, isa)
+    return Bf16Embedding(layer, isa) if isinstance(layer, Embedding) else None
 
 
 def _named_modules(module: nn.Module, prefix: str) -> Any:

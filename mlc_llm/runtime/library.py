@@ -66,6 +66,11 @@ def num_threads() -> int:
     return int(_load_runtime().get_global_func("runtime.NumThreads")())
 
 
+def free_pooled_memory() -> None:
+    """Give back the memory that virtual machines of this process keep but do not use now."""
+    _load_runtime().get_global_func("vm.builtin.memory_manager.clear")()
+
+
 def load_library(path: Path) -> Library:
     """Load a library from a directory of objects or a shared library file.
 

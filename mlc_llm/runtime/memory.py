@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import ml_dtypes
@@ -35,6 +36,28 @@ def as_aligned(array: NDArray[Any]) -> NDArray[Any]:
     copy = aligned_zeros(array.shape, array.dtype)
     copy[...] = array
     return copy
+
+
+class Staging:
+    """Aligned int32 memory for the small arrays of a call, written anew by the next one."""
+
+    def __init__(self) -> None:
+        self._memory = aligned_zeros((1 << 14,), np.int32)
+
+    def place(self, arrays: Sequence[NDArray[np.int32]]) -> list[NDArray[np.int32]]:
+        """Return copies of arrays that compiled code may read until the next call."""
+        step = ALIGNMENT // 4
+        starts = [0]
+        for array in arrays:
+            starts.append(starts[-1] + -(-array.size // step) * step)
+        if starts[-1] > self._memory.size:
+            self._memory = aligned_zeros((2 * starts[-1],), np.int32)
+        placed = []
+        for array, start in zip(arrays, starts, strict=False):
+            copy = self._memory[start : start + array.size].reshape(array.shape)
+            copy[...] = array
+            placed.append(copy)
+        return placed
 
 
 def as_tensor(array: NDArray[Any]) -> Any:

@@ -1,4 +1,4 @@
-"""The `ModelRunner` on a compiled library: parameters, KV pages and the `forward` call."""
+"""The runners on a compiled library: parameters, KV pages and the call that runs a step."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from numpy.typing import NDArray
 
 from mlc_llm.artifact import LibraryMetadata, numpy_dtype
 from mlc_llm.errors import DeviceError
-from mlc_llm.runtime.library import Library
-from mlc_llm.runtime.memory import aligned_zeros, as_aligned, as_array, as_tensor
+from mlc_llm.runtime.library import Library, free_pooled_memory
+from mlc_llm.runtime.memory import Staging, aligned_zeros, as_aligned, as_array, as_tensor
 from mlc_llm.runtime.runner import SampleRows, Step
+
+# Of results of earlier steps, which the virtual machine's pool keeps.
+_MAX_KEPT_BYTES = 64 << 20
 
 
 class CompiledRunner:
@@ -42,9 +45,12 @@ class CompiledRunner:
                 "lower context_window_size with --overrides"
             ) from None
         self._pages = tvm_ffi.Array([as_tensor(array) for array in pages])
+        self._staging = Staging()
+        self._result_sizes: set[int] = set()  # bytes
         machine = library.open_machine()
-        self._forward: Any = machine["forward"]
-        self._sample: Any = machine["sample"]
+        is_encoder = self._metadata.model_task == "embedding"
+        self._run_step: Any = machine["encode" if is_encoder else "forward"]
+        self._sample: Any = None if is_encoder else machine["sample"]
 
     @property
     def metadata(self) -> LibraryMetadata:
@@ -57,7 +63,16 @@ class CompiledRunner:
         return self._num_pages
 
     def forward(self, step: Step) -> NDArray[Any]:
-        """Run a step; returns logits (r, vocab) float32, valid until the next step."""
+        """Run a step of a chat library; returns logits (r, vocab) float32, until the next step."""
+        assert self._metadata.model_task != "embedding"
+        return self._rows_of(step)
+
+    def encode(self, step: Step) -> NDArray[np.float32]:
+        """Run a step of an embedding library; returns (r, hidden) float32, until the next step."""
+        assert self._metadata.model_task == "embedding"
+        return self._rows_of(step)
+
+    def _rows_of(self, step: Step) -> NDArray[np.float32]:
         arrays = (
             step.token_ids,
             step.positions,
@@ -67,9 +82,20 @@ class CompiledRunner:
             step.context_len,
             step.logit_rows,
         )
-        inputs = [as_tensor(_aligned_int32(array)) for array in arrays]
-        logits = self._forward(*inputs, self._pages, self._parameters)[0]
-        return as_array(logits)
+        inputs = [as_tensor(array) for array in self._staging.place(arrays)]
+        rows: NDArray[np.float32] = as_array(
+            self._run_step(*inputs, self._pages, self._parameters)[0]
+        )
+        self._bound_pool(rows.nbytes)
+        return rows
+
+    def _bound_pool(self, result_bytes: int) -> None:
+        """Free the pool when results fill it: it keeps one of each size, and so of each r."""
+        if result_bytes not in self._result_sizes:
+            self._result_sizes.add(result_bytes)
+            if sum(self._result_sizes) > _MAX_KEPT_BYTES:
+                free_pooled_memory()
+                self._result_sizes = {result_bytes}
 
     def sample(self, logits: NDArray[np.float32], rows: SampleRows) -> NDArray[np.int32]:
         """Choose a token for each row of logits (r, v): (r) int32."""
@@ -78,6 +104,12 @@ class CompiledRunner:
         tokens: NDArray[np.int32] = as_array(self._sample(*inputs))
         return tokens
 
+    def copy_pages(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Copy KV pages, in all layers: what each target held is replaced."""
+        for page in self._pages:
+            array = as_array(page)
+            array[list(targets)] = array[list(sources)]
+
     def touch_pages(self) -> None:
         """Write zeros to all pages: memory that was never written costs nothing to read."""
         for page in self._pages:
@@ -85,10 +117,4 @@ class CompiledRunner:
 
     def close(self) -> None:
         """Free the model's memory; the runner cannot be used afterwards."""
-        self._forward = self._sample = self._pages = self._parameters = None
-
-
-def _aligned_int32(array: NDArray[np.int32]) -> NDArray[np.int32]:
-    copy: NDArray[np.int32] = aligned_zeros(array.shape, np.int32)
-    copy[...] = array
-    return copy
+        self._run_step = self._sample = self._pages = self._parameters = None

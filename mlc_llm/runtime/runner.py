@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -57,10 +58,35 @@ class ModelRunner(Protocol):
         """KV pages there are."""
 
     def forward(self, step: Step) -> NDArray[Any]:
-        """Run a step; returns logits (r, vocab) float32, valid until the next step."""
+        """Run a step; returns logits (r, vocab) float32, the caller's until the next step.
+
+        What a token's logits are does not depend, to the bit, on what else is in the step nor on
+        how its sequence was cut into steps.
+        """
 
     def sample(self, logits: NDArray[np.float32], rows: SampleRows) -> NDArray[np.int32]:
         """Choose a token for each row of logits (r, v): (r) int32."""
+
+    def copy_pages(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Copy KV pages, in all layers: what each target held is replaced."""
+
+    def close(self) -> None:
+        """Free the model's memory."""
+
+
+class EncodingRunner(Protocol):
+    """An embedding model ready to run steps on its own KV pages."""
+
+    @property
+    def metadata(self) -> LibraryMetadata:
+        """What the library says of itself."""
+
+    @property
+    def num_pages(self) -> int:
+        """KV pages there are."""
+
+    def encode(self, step: Step) -> NDArray[np.float32]:
+        """Run a step; returns hidden states (r, hidden) float32, the caller's until the next."""
 
     def close(self) -> None:
         """Free the model's memory."""

@@ -14,7 +14,12 @@ from mlc_llm.artifact import CHAT_CONFIG_NAME, CHAT_TEMPLATE_NAME, ChatConfig
 from mlc_llm.errors import CorruptFile, RequestError
 from mlc_llm.text.chat_template import ChatTemplate, find_chat_template
 from mlc_llm.text.conversation import Conversation
-from mlc_llm.text.tokenizer import Tokenizer
+from mlc_llm.text.tokenizer import Tokenizer, read_settings, special_tokens_of
+
+# Variables that templates are given anyway, or that would not be variables.
+_RESERVED_VARIABLES = frozenset(
+    ["messages", "tools", "documents", "add_generation_prompt", "chat_template", "self"]
+)
 
 
 class PromptBuilder:
@@ -37,42 +42,69 @@ class PromptBuilder:
         self._vocab_size = vocab_size
 
     @classmethod
-    def load(cls, directory: Path, config: ChatConfig, tokenizer: Tokenizer) -> PromptBuilder:
-        """Read what the artifact says of prompts.
+    def load(
+        cls,
+        directory: Path,
+        config: ChatConfig,
+        tokenizer: Tokenizer,
+        template: ChatTemplate | None = None,
+    ) -> PromptBuilder:
+        """Read what the artifact says of prompts; `template` is what `load_template` returned.
 
-        The file chat_template.jinja goes first, then the `conv_template` of the config, then a
-        chat template in the tokenizer's settings; a base model has none, its messages are joined.
-        Raises CorruptFile for a damaged template and OptionError for an unknown named one.
+        A base model has no template, its messages are joined. Raises CorruptFile for a damaged
+        template and OptionError for an unknown named one.
         """
         where = str(directory / CHAT_CONFIG_NAME)
         if config.conv_template:
             conversation = Conversation.from_json(config.conv_template, where)
         else:
             conversation = Conversation(system_prefix_token_ids=tokenizer.bos_prefix)
-        source = None
-        if (directory / CHAT_TEMPLATE_NAME).is_file() or not config.conv_template:
-            source = find_chat_template(directory, tokenizer.settings)
-        template = None if source is None else ChatTemplate(source, tokenizer.special_tokens)
+        if template is None:
+            template = load_template(directory, config)
         eos_token_ids = _read_ids(config.eos_token_id, where)
         return cls(tokenizer, conversation, template, eos_token_ids, config.vocab_size)
 
-    def start(self) -> None:
-        """Begin in the background what the first prompt needs, without waiting for it."""
-        if self._template is not None:
-            self._template.start()
-
-    def token_ids(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    def token_ids(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        variables: Mapping[str, Any] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+    ) -> list[int]:
         """Return the ids of the prompt that asks for an answer to the messages.
 
-        A message has a `role` and a `content`: text, or a list of parts of type "text". Raises
-        RequestError for other messages, TemplateError where the model's template fails.
+        A message has a `role` and a `content`: text, or a list of parts of type "text". variables
+        are given to the model's Jinja template. Without add_generation_prompt the prompt ends with
+        the last message; with continue_final_message it ends inside that one, the assistant's.
+        Raises RequestError for other messages, and for options the model's template has no place
+        for; TemplateError where it fails.
         """
         checked = check_messages(messages)
         if self._template is not None:
             # A Jinja template writes the BOS token itself where the model wants one.
-            ids = self._tokenizer.encode(self._template.render(checked))
+            _check_variables(variables or {})
+            text = self._template.render(
+                checked,
+                add_generation_prompt=add_generation_prompt and not continue_final_message,
+                **(variables or {}),
+            )
+            if continue_final_message:
+                text = _cut_after_content(text, checked[-1])
+            ids = self._tokenizer.encode(text)
         else:
             _refuse_other_fields(checked, self._conversation.name)
+            for name, is_given in (
+                ("chat_template_kwargs", bool(variables)),
+                ("add_generation_prompt", not add_generation_prompt),
+                ("continue_final_message", continue_final_message),
+            ):
+                if is_given:
+                    raise RequestError(
+                        f"{name} is for Jinja templates; this model has conversation template "
+                        f"{self._conversation.name!r}",
+                        name,
+                    )
             text = self._conversation.render(checked)
             ids = self._conversation.system_prefix_token_ids + self._tokenizer.encode(text)
         if ids and max(ids) >= self._vocab_size:
@@ -83,9 +115,22 @@ class PromptBuilder:
         return ids
 
     def close(self) -> None:
-        """End what `start` began."""
+        """End the template's process."""
         if self._template is not None:
             self._template.close()
+
+
+def load_template(directory: Path, config: ChatConfig) -> ChatTemplate | None:
+    """Return the model's Jinja template, if it has one; needs no tokenizer.
+
+    The file chat_template.jinja goes first, then the `conv_template` of the config, which is no
+    Jinja, then a chat template in the tokenizer's settings. Raises CorruptFile.
+    """
+    if config.conv_template and not (directory / CHAT_TEMPLATE_NAME).is_file():
+        return None
+    settings = read_settings(directory)
+    source = find_chat_template(directory, settings)
+    return None if source is None else ChatTemplate(source, special_tokens_of(settings))
 
 
 def check_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -134,6 +179,31 @@ def _refuse_other_fields(messages: Sequence[Mapping[str, Any]], name: str) -> No
                 f"message {number} has {', '.join(other)}, of which conversation template "
                 f"{name!r} makes no use; send role and content only"
             )
+
+
+def _check_variables(variables: Mapping[str, Any]) -> None:
+    for name in variables:
+        if name in _RESERVED_VARIABLES:
+            raise RequestError(
+                f"chat_template_kwargs must not set {name!r}", f"chat_template_kwargs.{name}"
+            )
+
+
+def _cut_after_content(text: str, message: Mapping[str, Any]) -> str:
+    """Return a rendered prompt up to the end of its last message's content."""
+    content = str(message["content"]).strip()
+    if message["role"] != "assistant" or not content:
+        raise RequestError(
+            "continue_final_message needs a last message of role 'assistant' with some text",
+            "continue_final_message",
+        )
+    head, found, _ = text.rpartition(content)
+    if not found:
+        raise RequestError(
+            "the model's chat template changes the last message, so that it cannot be continued",
+            "continue_final_message",
+        )
+    return head + content
 
 
 def _read_ids(value: Any, where: str) -> list[int]:

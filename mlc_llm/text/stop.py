@@ -17,7 +17,7 @@ class StopFilter:
     """
 
     def __init__(self, stop: Sequence[str]) -> None:
-        self.stopped = False
+        self.matched: str | None = None
         # A state is a prefix of a stop string; state 0 is the empty one.
         self._next: list[dict[str, int]] = [{}]
         self._depth = [0]  # characters in the prefix
@@ -28,6 +28,11 @@ class StopFilter:
         self._state = 0
         self._held: deque[str] = deque()
 
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string has come, which is then `matched`."""
+        return self.matched is not None
+
     def put(self, text: str) -> str:
         """Take the next piece of text; return what is now known to be no part of a stop string."""
         safe: list[str] = []
@@ -37,12 +42,13 @@ class StopFilter:
             self._state = self._step(self._state, character)
             self._held.append(character)
             if self._match[self._state]:
-                self.stopped = True
                 keep = self._match[self._state]
             else:
                 keep = self._depth[self._state]
             while len(self._held) > keep:
                 safe.append(self._held.popleft())
+            if self._match[self._state]:
+                self.matched = "".join(self._held)
         return "".join(safe)
 
     def finish(self) -> str:

@@ -38,6 +38,10 @@ _MAX_HELD_TOKENS = 16
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
+# Characters from which a text is worth the overhead of a batch.
+_LONG_TEXT = 4096
+
+
 class Tokenizer:
     """A model's tokenizer, with the settings of its `tokenizer_config.json`."""
 
@@ -55,7 +59,7 @@ class Tokenizer:
         Raises ModelNotFound where no tokenizer is, CorruptFile where it is damaged and
         UnsupportedModel for a format that has to be converted first.
         """
-        settings = _read_settings(directory)
+        settings = read_settings(directory)
         path = directory / TOKENIZER_NAME
         if path.is_file():
             return cls(_parse(path), settings)
@@ -83,8 +87,7 @@ class Tokenizer:
     @property
     def special_tokens(self) -> dict[str, str]:
         """The named special tokens the settings give, such as `bos_token`."""
-        named = ((name, _token_text(self.settings.get(name))) for name in _SPECIAL_TOKENS)
-        return {name: text for name, text in named if text is not None}
+        return special_tokens_of(self.settings)
 
     @property
     def bos_token(self) -> str | None:
@@ -116,7 +119,13 @@ class Tokenizer:
                 f"the text has half of a surrogate pair at character {error.start}; "
                 "send valid Unicode"
             ) from None
-        ids: list[int] = self._inner.encode(text, add_special_tokens=add_special_tokens).ids
+        if len(text) < _LONG_TEXT:
+            encoding = self._inner.encode(text, add_special_tokens=add_special_tokens)
+        else:
+            # Unlike encode, lets other threads run meanwhile: megabytes take seconds.
+            batch = self._inner.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+            encoding = batch[0]
+        ids: list[int] = encoding.ids
         return ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
@@ -129,13 +138,29 @@ class Tokenizer:
         token_id: int | None = self._inner.token_to_id(token)
         return token_id
 
+    def id_to_token(self, token_id: int) -> str | None:
+        """Return a token as the vocabulary spells it, or None for an id that it has not."""
+        if not 0 <= token_id < 1 << 32:
+            return None
+        token: str | None = self._inner.id_to_token(token_id)
+        return token
+
+    @property
+    def is_byte_level(self) -> bool:
+        """Whether the vocabulary spells bytes as characters, in GPT-2's way."""
+        decoder = self._inner.decoder
+        return decoder is not None and b'"ByteLevel"' in decoder.__getstate__()
+
     def has_id(self, token_id: int) -> bool:
         """Say whether the vocabulary has a token of this id."""
-        return 0 <= token_id < 1 << 32 and self._inner.id_to_token(token_id) is not None
+        return self.id_to_token(token_id) is not None
 
-    def stream(self, skip_special_tokens: bool = True) -> TokenStream:
-        """Return a stream that turns ids into text one at a time."""
-        return TokenStream(self, skip_special_tokens)
+    def stream(self, skip_special_tokens: bool = True, context: Sequence[int] = ()) -> TokenStream:
+        """Return a stream that turns ids into text one at a time.
+
+        context: the ids before them, so that a text that goes on keeps the space it begins with.
+        """
+        return TokenStream(self, skip_special_tokens, context)
 
     def to_json(self) -> str:
         """Return the tokenizer as the text of one tokenizer.json."""
@@ -150,14 +175,18 @@ class TokenStream:
     well-formed text, but raises on byte sequences a model may produce and holds them unbounded.
     """
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, skip_special_tokens: bool, context: Sequence[int] = ()
+    ) -> None:
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
         # ids: ... spoken earlier ... | _context, the last piece | _held, not yet spoken
         # The context is decoded again with each id, since a decoder treats the first id its own
         # way (drops its space).
-        self._context: list[int] = []
-        self._spoken = ""  # text of _context
+        self._context = [
+            token_id for token_id in context[-_MAX_HELD_TOKENS:] if tokenizer.has_id(token_id)
+        ]
+        self._spoken = self._decode(self._context) if self._context else ""  # text of _context
         self._held: list[int] = []
 
     def put(self, token_id: int) -> str:
@@ -217,7 +246,7 @@ def _steps(step: Any, children: str) -> Iterator[Mapping[str, Any]]:
         yield from _steps(child, children)
 
 
-def _read_settings(directory: Path) -> dict[str, Any]:
+def read_settings(directory: Path) -> dict[str, Any]:
     """Return tokenizer_config.json, completed by special_tokens_map.json; {} if neither is."""
     settings: dict[str, Any] = {}
     for name in ("special_tokens_map.json", SETTINGS_NAME):
@@ -225,6 +254,12 @@ def _read_settings(directory: Path) -> dict[str, Any]:
             found = read_json_object(directory / name)
             settings.update({key: value for key, value in found.items() if value is not None})
     return settings
+
+
+def special_tokens_of(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Return the named special tokens that settings give, such as `bos_token`."""
+    named = ((name, _token_text(settings.get(name))) for name in _SPECIAL_TOKENS)
+    return {name: text for name, text in named if text is not None}
 
 
 def _token_text(value: Any) -> str | None:
@@ -235,10 +270,11 @@ def _token_text(value: Any) -> str | None:
 
 
 def _parse(path: Path) -> tokenizers.Tokenizer:
-    text = _read_text(path)
+    content = path.read_bytes()
     try:
-        return tokenizers.Tokenizer.from_str(text)
-    except Exception as error:  # the only type `tokenizers` raises for a file it cannot parse
+        # From a text it would be copied twice more, and this is a large part of a start.
+        return tokenizers.Tokenizer.from_buffer(content)
+    except ValueError as error:
         raise CorruptFile(
             f"{path} is not a tokenizer ({error}); download or convert the model again"
         ) from None

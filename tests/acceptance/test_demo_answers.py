@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from demo_model import place_demo_model
 from program import Program
 
 pytestmark = [pytest.mark.cpu, pytest.mark.weights]
@@ -44,14 +45,6 @@ def peak_mib(program: Program, *arguments: str | Path) -> int:
     code, peak = done.stdout.split()
     assert code == "0", done.stderr
     return int(peak)
-
-
-def place_demo_model(program: Program, demo_gguf: Path) -> None:
-    """Put the file where `make demo` puts it."""
-    place = program.home / "model_weights" / "demo" / demo_gguf.name
-    place.parent.mkdir(parents=True, exist_ok=True)
-    if not place.exists():
-        place.symlink_to(demo_gguf)
 
 
 def test_the_demo_answers_and_is_fast_the_second_time(program: Program, demo_gguf: Path) -> None:

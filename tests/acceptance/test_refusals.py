@@ -261,7 +261,7 @@ def test_truncated_library(
 @pytest.mark.cpu
 def test_prompt_longer_than_the_context(program: Program, artifact: Path, library: Path) -> None:
     command = ("chat", artifact, "--model-lib", library)
-    program.refuse(*command, "--prompt", "word " * 600, words="tokens, the model allows 512")
+    program.refuse(*command, "--prompt", "word " * 600, words="maximum context length is 512")
 
 
 @pytest.mark.cpu

@@ -17,6 +17,13 @@ def test_the_bandwidth_is_that_of_memory() -> None:
     assert all(0.5 < gb_s < 5000 for gb_s in found)
 
 
+@pytest.mark.parametrize("num_threads", [1, 3])
+def test_more_threads_than_cores_take_turns(num_threads: int) -> None:
+    with closing(BandwidthMeter(num_threads)) as meter:
+        # Reading alone would do for a figure; comparing unequal halves would end at once.
+        assert 0.5 < meter.read_gb_s() < 5000
+
+
 def test_a_child_that_is_gone_is_an_error() -> None:
     with closing(BandwidthMeter(1)) as meter:
         meter._process.kill()

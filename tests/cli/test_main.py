@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from mlc_llm.cli import main as main_module
-from mlc_llm.cli.main import main
+from mlc_llm.cli import doctor as doctor_module
+from mlc_llm.cli.main import build_app, main
 from mlc_llm.errors import DeviceError, OptionError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,7 +22,7 @@ def failing_doctor(monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-
         def doctor() -> None:
             raise error
 
-        monkeypatch.setattr(main_module.doctor, "doctor", doctor)
+        monkeypatch.setattr(doctor_module, "doctor", doctor)
 
     return use
 
@@ -103,13 +103,42 @@ def test_help_and_version_load_nothing_heavy(option: str) -> None:
     assert not loaded.intersection(heavy)
 
 
+@pytest.mark.parametrize(
+    ("words", "module"),
+    [
+        (["doctor", "--help"], "doctor"),
+        (["--debug", "doctor", "--help"], "doctor"),
+        (["chat", "-h"], "chat"),
+    ],
+)
+def test_a_command_is_made_without_the_others(words: list[str], module: str) -> None:
+    code = f"import sys, mlc_llm.cli.main as m; m.main({words}); print(*sys.modules)"
+    done = run_program("-c", code)
+    assert f"Usage: mlc_llm {module}" in done.stdout
+    loaded = done.stdout.splitlines()[-1].split()
+    assert f"mlc_llm.cli.{module}" in loaded
+    others = {"mlc_llm.cli.serve", "mlc_llm.cli.bench", "mlc_llm.cli.compile", "numpy"}
+    assert not others.intersection(loaded)
+
+
+def test_a_misspelt_command_is_compared_with_all(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serv"]) == 2
+    assert "serv" in capsys.readouterr().err
+    assert [command.name for command in build_app(["chat"]).registered_commands] == ["chat"]
+    both = [command.name for command in build_app(["bench", "serve"]).registered_commands]
+    assert sorted(both, key=str) == ["bench", "bench serve"]
+    every = {command.name for command in build_app().registered_commands}
+    assert {command.name for command in build_app(["serv"]).registered_commands} == every
+    assert {"chat", "serve", "bench", "bench serve"} < every
+
+
 def test_a_reader_that_leaves_ends_the_program_quietly() -> None:
     code = (
         "import sys\n"
-        "from mlc_llm.cli import main as m\n"
+        "from mlc_llm.cli import doctor as module, main as m\n"
         "def doctor():\n"
         "    for _ in range(100000): print('x' * 100)\n"
-        "m.doctor.doctor = doctor\n"
+        "module.doctor = doctor\n"
         "sys.exit(m.main(['doctor']))\n"
     )
     command = f'{sys.executable} -c "$CODE" | head -n 1; echo "${{PIPESTATUS[0]}}"'

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from paged_sequence import PagedSequence
 from reference_cases import get_case
 from tiny_models import NUM_PAGES, PAGE_SIZE, TinyModels, relative_error, run_step
 
@@ -20,7 +21,7 @@ from mlc_llm.compiler.compile import CompileOptions, compile_model
 from mlc_llm.errors import CompileError, LinkerNotFound, OptionError
 from mlc_llm.runtime.library import load_library
 from mlc_llm.runtime.model import CompiledRunner
-from mlc_llm.runtime.pages import PagedSequence, PagePool
+from mlc_llm.runtime.pages import PagePool
 from mlc_llm.runtime.parameters import load_parameters
 
 pytestmark = pytest.mark.cpu
@@ -45,19 +46,16 @@ from pathlib import Path
 import numpy as np
 from mlc_llm.runtime.library import load_library
 from mlc_llm.runtime.model import CompiledRunner
-from mlc_llm.runtime.pages import PagedSequence, PagePool
 from mlc_llm.runtime.parameters import load_parameters
 from mlc_llm.runtime.runner import Step
 
 library = load_library(Path(sys.argv[2]))
 parameters = load_parameters(Path(sys.argv[1]), library, lambda _: None)
 runner = CompiledRunner(library, parameters, 4)
-sequence = PagedSequence(PagePool(4, 16))
 tokens = [1, 5, 9, 13]
-slots = sequence.grow(tokens)
-n = np.arange(4, dtype=np.int32)
+slots = n = np.arange(4, dtype=np.int32)
 one = lambda *values: np.asarray(values, np.int32)
-pages = np.asarray([sequence.pages], np.int32)
+pages = np.asarray([[0]], np.int32)
 logits = runner.forward(Step(one(*tokens), n, slots, one(0, 4), pages, one(4), n))
 print(*logits.argmax(axis=1), "tvm" in sys.modules)
 """

@@ -11,6 +11,7 @@ from fakes import VOCAB_SIZE, FakeRunner
 from small_tokenizers import write_tokenizer
 
 from mlc_llm.artifact import ChatConfig
+from mlc_llm.engine.engine import Engine
 from mlc_llm.engine.session import ChatSession
 from mlc_llm.text.conversation import Conversation
 from mlc_llm.text.prompt import PromptBuilder
@@ -46,6 +47,7 @@ def open_session(tokenizer: Tokenizer) -> OpenSession:
         config = ChatConfig(**{**values, **changes})
         conversation = Conversation(stop_str=list(stop_str))
         prompts = PromptBuilder(tokenizer, conversation, None, [STOP_ID], VOCAB_SIZE)
-        return ChatSession(config, tokenizer, prompts, runner)
+        engine = Engine(runner, active_vocab_size=config.active_vocab_size)
+        return ChatSession(config, tokenizer, prompts, engine)
 
     return make

@@ -6,7 +6,7 @@ import pytest
 from fakes import make_metadata
 
 from mlc_llm.artifact import ChatConfig
-from mlc_llm.engine.session import check_library
+from mlc_llm.engine.open import check_library
 from mlc_llm.errors import LibraryMismatch, OptionError
 
 CONFIG = ChatConfig(
@@ -24,6 +24,7 @@ CONFIG = ChatConfig(
     ("changes", "message"),
     [
         ({"model_type": "qwen2"}, "lib.so was compiled for model_type qwen2, the model has llama"),
+        ({"model_task": "embedding"}, "for the task embedding, not for chat; .*model_task=chat"),
         ({"quantization": "q0f32"}, "compiled for quantization q0f32, the model has q4f16_1"),
     ],
 )

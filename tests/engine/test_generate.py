@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 from fakes import VOCAB_SIZE, FakeRunner, next_token, only
 
+from mlc_llm.engine.scheduler import Scheduler
 from mlc_llm.engine.session import ChatSession, SamplingParams
-from mlc_llm.errors import ContextTooLong, RequestError
-from mlc_llm.runtime.pages import PagedSequence
+from mlc_llm.errors import ContextTooLong, RequestError, StepFailed
 
 GREEDY = SamplingParams(temperature=0.0)
 PROMPT = list(range(10, 30))
@@ -29,9 +30,8 @@ def continuation(prompt: list[int], count: int) -> list[int]:
 
 
 def check_pages(session: ChatSession) -> None:
-    sequence = session._sequence
-    session._pool.check_integrity([sequence.pages])
-    assert len(sequence.pages) == -(-len(sequence.token_ids) // 16)
+    session._engine.check_integrity()
+    assert session._engine.load().num_used_pages == 0
 
 
 def test_tokens_follow_from_the_whole_sequence(open_session) -> None:
@@ -61,13 +61,13 @@ def test_turns_reuse_what_they_share(open_session) -> None:
     longer = [*PROMPT, *answer, 40, 41]
     runner.steps.clear()
     assert list(session.generate(longer, greedy(5))) == continuation(longer, 5)
-    # The last token of the answer was never computed.
-    assert session.last.cached_tokens == len(PROMPT) + len(answer) - 1
+    # Whole pages are shared.
+    assert session.last.cached_tokens == 16
     assert session.last.prompt_tokens == len(longer)
-    assert runner.step_sizes[0] == 3
+    assert sum(runner.step_sizes) == len(longer) - 16 + 4
     other = [*PROMPT[:4], 99, 98]
     assert list(session.generate(other, greedy(2))) == continuation(other, 2)
-    assert session.last.cached_tokens == 4
+    assert session.last.cached_tokens == 0
     check_pages(session)
 
 
@@ -75,7 +75,11 @@ def test_same_prompt_computes_its_last_token_again(open_session) -> None:
     session = open_session(FakeRunner())
     first = list(session.generate(PROMPT, greedy(4)))
     assert list(session.generate(PROMPT, greedy(4))) == first
-    assert session.last.cached_tokens == len(PROMPT) - 1
+    assert session.last.cached_tokens == 16
+    whole_pages = list(range(40, 72))[:32]
+    for cached in (0, 16):
+        list(session.generate(whole_pages, greedy(1)))
+        assert session.last.cached_tokens == cached
     assert list(session.generate([5], greedy(1))) == continuation([5], 1)
     assert session.last.cached_tokens == 0
 
@@ -139,7 +143,7 @@ def test_prompt_without_room_is_refused_and_nothing_is_lost(open_session) -> Non
         session.generate([5] * 64, GREEDY)
     assert len(runner.steps) == before
     list(session.generate(PROMPT, greedy(2)))
-    assert session.last.cached_tokens == len(PROMPT) - 1
+    assert session.last.cached_tokens == 16
 
 
 @pytest.mark.parametrize(
@@ -182,7 +186,8 @@ def test_failing_step_leaves_the_session_usable(open_session, error, failing_ste
     runner.logits_of = fail_in_time
     if failing_step == 0:
         runner.error = error
-    with pytest.raises(type(error)):
+    expected = StepFailed if isinstance(error, Exception) else type(error)
+    with pytest.raises(expected):
         list(session.generate(PROMPT, greedy(9)))
     assert len(runner.steps) == failing_step + 1
     check_pages(session)
@@ -192,13 +197,13 @@ def test_failing_step_leaves_the_session_usable(open_session, error, failing_ste
 
 def test_interrupt_before_the_step_runs_loses_no_page(open_session, monkeypatch) -> None:
     session = open_session(FakeRunner())
-    grow = PagedSequence.grow
+    schedule = Scheduler.schedule
 
-    def interrupted(self: PagedSequence, tokens: list[int]) -> None:
-        grow(self, tokens)
+    def interrupted(self: Scheduler, budget: Callable[[int, int], int]) -> None:
+        schedule(self, budget)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(PagedSequence, "grow", interrupted)
+    monkeypatch.setattr(Scheduler, "schedule", interrupted)
     with pytest.raises(KeyboardInterrupt):
         list(session.generate(PROMPT, greedy(3)))
     monkeypatch.undo()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 from numpy_model import read_weights
+from paged_sequence import PagedSequence
 from reference_cases import CASES, Reference, ReferenceCase
 from tiny_models import NUM_PAGES, PAGE_SIZE, TinyModels, make_step, relative_error, run_step
 
@@ -15,7 +16,7 @@ from mlc_llm.artifact import read_tensor_index
 from mlc_llm.models.registry import find_family
 from mlc_llm.quantization.apply import plan_parameters
 from mlc_llm.quantization.schemes import get_scheme
-from mlc_llm.runtime.pages import PagedSequence, PagePool
+from mlc_llm.runtime.pages import PagePool
 from mlc_llm.runtime.runner import ModelRunner
 
 # What is promised; what holds today leaves room below it.

@@ -10,6 +10,7 @@ import numpy_model
 import pytest
 from numpy.typing import NDArray
 from numpy_model import forward, read_weights
+from paged_sequence import PagedSequence
 from reference_cases import ReferenceCase, get_case
 from tiny_models import (
     FLOAT_OPT,
@@ -28,7 +29,7 @@ from mlc_llm.models.registry import find_family
 from mlc_llm.quantization.apply import plan_parameters
 from mlc_llm.quantization.group import dequantize_group
 from mlc_llm.quantization.schemes import Scheme, get_scheme
-from mlc_llm.runtime.pages import PagedSequence, PagePool
+from mlc_llm.runtime.pages import PagePool
 
 # Float32 activations: weights are exact and sums are float32, so only float16 KV rounds.
 TOLERANCE = {"float32": 1e-5, "float16": 3e-3}

@@ -8,7 +8,14 @@ import pytest
 
 from mlc_llm.artifact import numpy_dtype
 from mlc_llm.runtime.library import num_threads
-from mlc_llm.runtime.memory import ALIGNMENT, aligned_zeros, as_aligned, as_array, as_tensor
+from mlc_llm.runtime.memory import (
+    ALIGNMENT,
+    Staging,
+    aligned_zeros,
+    as_aligned,
+    as_array,
+    as_tensor,
+)
 
 DTYPES = ["float32", "float16", "bfloat16", "int32", "uint32", "int8", "uint8", "float8_e4m3fn"]
 
@@ -56,3 +63,18 @@ def test_only_what_is_not_aligned_is_copied() -> None:
         copy = as_aligned(other)
         assert copy.ctypes.data % ALIGNMENT == 0 and copy.flags.c_contiguous
         np.testing.assert_array_equal(copy, other)
+
+
+def test_staged_arrays_are_aligned_copies_that_do_not_overlap() -> None:
+    staging = Staging()
+    for length in (1, 17, 40_000):
+        arrays = [
+            np.arange(length, dtype=np.int32),
+            np.asarray([], np.int32),
+            np.arange(6, dtype=np.int32).reshape(2, 3) + 100,
+        ]
+        placed = staging.place(arrays)
+        for array, copy in zip(arrays, placed, strict=True):
+            assert np.array_equal(array, copy) and array.shape == copy.shape
+            assert copy.ctypes.data % ALIGNMENT == 0 and copy.flags.c_contiguous
+        assert np.array_equal(np.from_dlpack(as_tensor(placed[2])), arrays[2])

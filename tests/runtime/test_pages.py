@@ -1,68 +1,83 @@
-"""Pages as bookkeeping: random operations against invariants."""
+"""Pages as bookkeeping: random operations against invariants, and a model of them in plain sets."""
 
 from __future__ import annotations
 
-import numpy as np
+import random
+from collections import Counter
+
 import pytest
 
 from mlc_llm.errors import RequestError
-from mlc_llm.runtime.pages import PagedSequence, PagePool
+from mlc_llm.runtime.pages import PagePool
 
 
-def check(pool: PagePool, sequences: list[PagedSequence]) -> None:
-    pool.check_integrity([sequence.pages for sequence in sequences])
-    owned = sum(len(sequence.pages) for sequence in sequences)
-    assert pool.num_free + owned == pool.num_pages
-    for sequence in sequences:
-        assert len(sequence.pages) == -(-len(sequence.token_ids) // pool.page_size)
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_random_operations_keep_every_page(seed) -> None:
-    rng = np.random.default_rng(seed)
-    pool = PagePool(12, 4)
-    sequences = [PagedSequence(pool) for _ in range(4)]
-    contents: list[list[int]] = [[] for _ in sequences]
-    # What lies in each slot, as a runner would write it.
-    memory = np.full(12 * 4, -1)
-    for number in range(400):
-        index = int(rng.integers(4))
-        sequence, content = sequences[index], contents[index]
-        if rng.random() < 0.6:
-            tokens = [number * 10 + i for i in range(int(rng.integers(1, 9)))]
-            needed = -(-(len(content) + len(tokens)) // 4) - len(sequence.pages)
-            if needed > pool.num_free:
-                before = list(sequence.pages)
+@pytest.mark.parametrize("seed", range(8))
+def test_random_operations_keep_every_page(seed: int) -> None:
+    rng = random.Random(seed)
+    max_idle = rng.choice([None, 0, 3])
+    pool = PagePool(12, 4, max_idle)
+    reclaimed: list[int] = []
+    pool.on_reclaim = reclaimed.append
+    users: list[list[int]] = []
+    kept: set[int] = set()
+    for _ in range(600):
+        reclaimed.clear()
+        used = {page for pages in users for page in pages}
+        action = rng.random()
+        if action < 0.35:
+            count = rng.randint(0, 4)
+            if count > 12 - len(used):
                 with pytest.raises(RequestError, match="KV cache is full"):
-                    sequence.grow(tokens)
-                assert sequence.pages == before
+                    pool.take(count)
             else:
-                memory[sequence.grow(tokens)] = tokens
-                content += tokens
-        else:
-            length = int(rng.integers(0, len(content) + 1))
-            sequence.truncate(length)
-            del content[length:]
-        check(pool, sequences)
-        for other, expected in zip(sequences, contents, strict=True):
-            assert other.token_ids == expected
-            places = np.arange(len(expected))
-            slots = np.asarray(other.pages, int)[places // 4] * 4 + places % 4
-            assert memory[slots].tolist() == expected
-    for sequence in sequences:
-        sequence.truncate(0)
-    assert pool.num_free == 12
+                pages = pool.take(count)
+                assert len(set(pages)) == count and not used & set(pages)
+                kept -= set(pages)
+                users.append(pages)
+        elif action < 0.5 and users:
+            pages = list(rng.choice(users))
+            pool.share(pages)
+            users.append(pages)
+        elif action < 0.6:
+            idle = sorted(kept - used)
+            pages = rng.sample(idle, rng.randint(0, len(idle)))
+            pool.share(pages)
+            users.append(pages)
+        elif action < 0.75 and used:
+            page = rng.choice(sorted(used))
+            pool.keep(page)
+            kept.add(page)
+        elif users:
+            pool.give_back(users.pop(rng.randrange(len(users))))
+        kept -= set(reclaimed)
+        pool.check_integrity(users)
+        used = {page for pages in users for page in pages}
+        assert pool.num_used == len(used)
+        assert pool.num_idle == len(kept - used)
+        assert pool.num_available == 12 - len(used)
+        assert max_idle is None or pool.num_idle <= max_idle
+        counts = Counter(page for pages in users for page in pages)
+        for page in range(12):
+            assert pool.is_shared(page) == (counts[page] > 1)
+            assert pool.is_used(page) == (counts[page] > 0)
+    for pages in users:
+        pool.give_back(pages)
+    assert pool.num_available == 12
 
 
-def test_slots_go_on_where_the_last_page_has_room() -> None:
+def test_least_recently_used_pages_go_first_and_ends_before_beginnings() -> None:
     pool = PagePool(4, 4)
-    first, second = PagedSequence(pool), PagedSequence(pool)
-    assert first.grow([1, 2, 3]).tolist() == [0, 1, 2]
-    assert second.grow([9]).tolist() == [4]
-    slots = first.grow([4, 5])
-    assert slots.tolist() == [3, 8] and slots.dtype == np.int32
-    first.truncate(4)
-    assert first.grow([6]).tolist() == [8]
+    reclaimed: list[int] = []
+    pool.on_reclaim = reclaimed.append
+    first, second = pool.take(2), pool.take(2)
+    for page in (*first, *second):
+        pool.keep(page)
+    pool.give_back(second)
+    pool.give_back(first)
+    pool.share(second[:1])
+    pool.give_back(second[:1])  # used again: now the newest
+    taken = [pool.take(1)[0] for _ in range(4)]
+    assert reclaimed == taken == [second[1], first[1], first[0], second[0]]
 
 
 def test_full_pool_says_so_and_takes_nothing() -> None:
@@ -72,10 +87,21 @@ def test_full_pool_says_so_and_takes_nothing() -> None:
     assert pool.num_free == 2
 
 
+def test_forgotten_page_is_free_again() -> None:
+    pool = PagePool(2, 4)
+    (page,) = pool.take(1)
+    pool.keep(page)
+    pool.give_back([page])
+    assert (pool.num_free, pool.num_idle) == (1, 1)
+    pool.forget(page)
+    assert (pool.num_free, pool.num_idle) == (2, 0)
+    pool.check_integrity([])
+
+
 def test_integrity_check_finds_lost_and_doubled_pages() -> None:
     pool = PagePool(3, 4)
     pages = pool.take(2)
-    for owned in ([], [pages, pages], [pages[:1]]):
-        with pytest.raises(AssertionError, match="lost or owned twice"):
-            pool.check_integrity(owned)
+    for used in ([], [pages, pages], [pages[:1]]):
+        with pytest.raises(AssertionError, match="more or fewer users"):
+            pool.check_integrity(used)
     pool.check_integrity([pages])

@@ -2,6 +2,7 @@
 
 import subprocess
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import small_tokenizers
 from mlc_llm.artifact import ChatConfig
 from mlc_llm.errors import CorruptFile, OptionError, RequestError, TemplateError
 from mlc_llm.text.conversation import get_conversation
-from mlc_llm.text.prompt import PromptBuilder
+from mlc_llm.text.prompt import PromptBuilder, load_template
 from mlc_llm.text.tokenizer import Tokenizer
 
 USER = {"role": "user", "content": "hello"}
@@ -61,11 +62,18 @@ def test_jinja_template_of_the_artifact_goes_first(
     assert jinja_builder.stop_strings == ["[INST]"]
 
 
-def test_started_early_or_not_the_prompt_is_the_same(jinja_builder: PromptBuilder) -> None:
-    ids = jinja_builder.token_ids([USER])
-    jinja_builder.close()
-    jinja_builder.start()
-    assert jinja_builder.token_ids([USER]) == ids
+def test_started_early_or_not_the_prompt_is_the_same(
+    artifact: Path, jinja_builder: PromptBuilder
+) -> None:
+    config = make_config()
+    template = load_template(artifact, config)
+    assert template is not None
+    template.start()
+    builder = PromptBuilder.load(artifact, config, Tokenizer.load(artifact), template)
+    with closing(builder):
+        found = builder.token_ids([USER])
+    assert template._worker is None
+    assert found == jinja_builder.token_ids([USER])
 
 
 def test_named_template_when_there_is_no_jinja_file(tmp_path: Path) -> None:
@@ -76,7 +84,7 @@ def test_named_template_when_there_is_no_jinja_file(tmp_path: Path) -> None:
     assert ids == [1, *tokenizer.encode("[INST] S. hello [/INST]")]
     assert builder.stop_token_ids == {2, 9}
     assert builder.stop_strings == ["</s>"]
-    builder.start()
+    assert load_template(tmp_path, make_config(conv_template={"name": "mistral_default"})) is None
     builder.close()
 
 
@@ -194,5 +202,7 @@ def test_loading_starts_no_process(artifact: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(subprocess, "Popen", refuse)
     builder = load(artifact)
     builder.close()
+    template = load_template(artifact, make_config())
+    assert template is not None
     with pytest.raises(AssertionError, match="a process was started"):
-        builder.start()
+        template.start()

@@ -3,8 +3,11 @@
 import json
 import random
 import re
+import threading
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import small_tokenizers
 import tokenizers
@@ -161,6 +164,27 @@ def test_vocab_size_counts_up_to_the_highest_added_token(tmp_path: Path) -> None
     tokenizer = Tokenizer.load(tmp_path)
     highest = tokenizer.token_to_id("<far>")
     assert highest is not None and tokenizer.vocab_size == highest + 1
+
+
+def test_long_texts_have_the_same_tokens_and_let_threads_run(tokenizer: Tokenizer) -> None:
+    text = "Once upon a time, Ünïcödé 🙂 " * 20_000
+    ticks: list[float] = []
+    is_done = threading.Event()
+
+    def tick() -> None:
+        while not is_done.wait(0.005):
+            ticks.append(time.perf_counter())
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    start = time.perf_counter()
+    ids = tokenizer.encode(text, add_special_tokens=True)
+    duration_s = time.perf_counter() - start
+    is_done.set()
+    thread.join()
+    assert ids == tokenizer._inner.encode(text, add_special_tokens=True).ids
+    longest_s = max(np.diff([start, *ticks]), default=duration_s)
+    assert longest_s < max(duration_s / 2, 0.05)
 
 
 def test_half_a_surrogate_pair_is_a_request_error(tokenizer: Tokenizer) -> None:

@@ -91,6 +91,22 @@ class Source:
     eps: float = 0.0
 
 
+def source_values(
+    source: Source, x: Any, weight: Any, factor: Any, t: Any, start: Any, features: int, count: int
+) -> Any:
+    """Return `count` of the `features` values of token t, from `start` on.
+
+    factor: what `rms_factor` computed for the token, where the source is "rms_norm".
+    """
+    values = x[t, span(start, count)]
+    if source.kind == "rms_norm":
+        weights = T.Cast(lane_dtype("float32", count), weight[span(start, count)])
+        return values * splat(factor[0], count) * weights
+    if source.kind == "silu_mul":
+        return silu(values, count) * x[t, span(features + start, count)]
+    return values
+
+
 def quantize_activations(shape: Int8Shape, source: Source) -> Any:
     """Quantize: x float32[, weight] -> (tiles, width * 4) int32 (see the module).
 
@@ -108,31 +124,6 @@ def quantize_activations(shape: Int8Shape, source: Source) -> Any:
     whole_groups = features // group_size
     rest = features - whole_groups * group_size
     square = rms_factor(features, source.eps)
-
-    @T.macro
-    def fill(
-        row: T.handle,
-        x: T.handle,
-        weight: T.handle,
-        factor: T.handle,
-        t: T.int32,
-        start: T.int32,
-        place: T.int32,
-        count: T.meta_var,
-    ) -> None:
-        """Compute `count` values from input `start` on."""
-        if kind == "plain":
-            row[span(place, count)] = x[t, span(start, count)]
-        elif kind == "rms_norm":
-            row[span(place, count)] = (
-                x[t, span(start, count)]
-                * splat(factor[0], count)
-                * T.Cast(lane_dtype("float32", count), weight[span(start, count)])
-            )
-        else:
-            row[span(place, count)] = (
-                silu(x[t, span(start, count)], count) * x[t, span(features + start, count)]
-            )
 
     @T.macro
     def quantize_group(row: T.handle, out: T.handle, t: T.int32, g: T.int32) -> None:
@@ -169,13 +160,17 @@ def quantize_activations(shape: Int8Shape, source: Source) -> Any:
             square(x, factor, t)
         for g in T.serial(whole_groups):
             for v in T.unroll(vectors):
-                fill(row, x, weight, factor, t, g * group_size + v * lanes, v * lanes, lanes)
+                row[span(v * lanes, lanes)] = source_values(
+                    source, x, weight, factor, t, g * group_size + v * lanes, features, lanes
+                )
             quantize_group(row, out, t, g)
         if whole_groups < groups:
             for k in T.serial(group_size):
                 row[k] = T.float32(0)
             for k in T.serial(rest):
-                fill(row, x, weight, factor, t, whole_groups * group_size + k, k, 1)
+                row[k] = source_values(
+                    source, x, weight, factor, t, whole_groups * group_size + k, features, 1
+                )
             quantize_group(row, out, t, whole_groups)
 
     @T.macro

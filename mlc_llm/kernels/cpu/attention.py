@@ -1,6 +1,6 @@
 """Causal attention over paged keys and values: how tokens and keys are dealt out to threads.
 
-Knows the page layout written by `rope.py`; the arithmetic is in `attention_block.py`.
+The arithmetic is in `attention_block.py`, the page layout in `attention_pages.py`.
 """
 
 from __future__ import annotations
@@ -9,15 +9,17 @@ from typing import Any
 
 from tvm.script import tirx as T
 
-from mlc_llm.kernels.cpu.attention_block import KEY_BLOCK, AttentionShape, block_steps
-from mlc_llm.kernels.cpu.vector_math import LANES, MASKED, exp, reduce_sum, splat
+from mlc_llm.kernels.cpu.attention_block import block_steps
+from mlc_llm.kernels.cpu.attention_pages import KEY_BLOCK, KEY_VECTORS, AttentionShape, page_steps
+from mlc_llm.kernels.cpu.vector_math import LANES, reduce_sum, splat
 
 __all__ = ["AttentionShape", "paged_attention"]
 
-# Rows of queries in a tile of several tokens (about): enough to pay for converting a key block.
-TILE_ROWS = 32
-# Keys of a part when single tokens attend: long contexts are dealt out in such parts.
-SPLIT_KEYS = 512
+# Rows of queries in a tile of several tokens (about): enough to pay for copying a key block.
+TILE_ROWS = 48
+# Keys that are summed from one maximum on. Parts are merged in order, so that a token of a tile
+# gets the same sum as one whose parts are dealt out to threads.
+PART_KEYS = 512
 
 
 def paged_attention(shape: AttentionShape) -> Any:
@@ -26,23 +28,68 @@ def paged_attention(shape: AttentionShape) -> Any:
 
     Every sequence brings at least one token. A token at position i sees keys
     max(0, i - window + 1) .. i of its own sequence, and with a window also the first `sinks`
-    keys (Xiao et al. 2023, but at their true positions).
+    keys (Xiao et al. 2023, but at their true positions). What else is in the step changes no bit.
     """
     heads, kv_heads, head_dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
     group, window, sinks = shape.group, shape.window, shape.sinks
     tile_tokens = max(1, TILE_ROWS // group)
+    kv_dtype, page_items = shape.kv_dtype, shape.page_items
+    # Tiles work on copies of their blocks, single tokens on the pages.
+    tile_pages, single_pages = page_steps(shape, is_copied=True), page_steps(shape, is_copied=False)
+    tile_steps = block_steps(shape, tile_pages, shape.row_step(tile_tokens), is_fetching=False)
+    single_steps = block_steps(shape, single_pages, shape.row_step(1), is_fetching=True)
     tile_rows, single_rows = shape.padded_rows(tile_tokens), shape.padded_rows(1)
-    scale, kv_dtype, page_items = shape.scale, shape.kv_dtype, shape.page_items
-    steps = block_steps(shape)
+
+    @T.macro
+    def load_queries(
+        q: T.handle,
+        queries: T.handle,
+        kv_head: T.int32,
+        first: T.int32,
+        count: T.int32,
+        max_rows: T.meta_var,
+    ) -> None:
+        for r in T.serial(count * group):
+            for d in T.serial(head_dim):
+                queries[r, d] = q[first + r // group, kv_head * group + r % group, d] * T.float32(
+                    shape.query_scale
+                )
+        for r in T.serial(max_rows - count * group):
+            for d in T.serial(head_dim):
+                queries[count * group + r, d] = T.float32(0)
+
+    @T.macro
+    def aim(
+        page_table: T.handle,
+        context_len: T.handle,
+        places: T.handle,
+        s: T.int32,
+        kv_head: T.int32,
+        start: T.int32,
+        batch: T.int32,
+        is_tile: T.meta_var,
+    ) -> None:
+        """Have the block at `start` fetched or, past the end, what the thread needs after that."""
+        ahead = T.alloc_buffer((2,), "int32")  # sequence, first key
+        ahead[0] = s
+        ahead[1] = start
+        places[2 * KEY_VECTORS] = kv_head
+        if start >= context_len[s]:
+            if not is_tile:
+                places[2 * KEY_VECTORS] = (kv_head + 1) % kv_heads
+                if kv_head + 1 == kv_heads:
+                    ahead[0] = T.min(s + 1, batch - 1)
+            ahead[1] = _first_block(context_len[ahead[0]] - 1, window, sinks)
+        tile_pages.find(page_table, places, KEY_VECTORS, ahead[0], ahead[1], context_len[ahead[0]])
 
     @T.macro
     def attend(
-        q: T.handle,
+        queries: T.handle,
         pages: T.handle,
         page_table: T.handle,
         positions: T.handle,
+        context_len: T.handle,
         acc: T.handle,
-        sums: T.handle,
         state: T.handle,
         s: T.int32,
         kv_head: T.int32,
@@ -50,36 +97,62 @@ def paged_attention(shape: AttentionShape) -> Any:
         count: T.int32,
         begin: T.int32,
         end: T.int32,
-        max_rows: T.meta_var,
+        batch: T.int32,
+        is_tile: T.meta_var,
     ) -> None:
-        """Sum `count` tokens from row `first` over the keys begin .. end; begin is a block's."""
-        qs = T.alloc_buffer((max_rows, head_dim), "float32")
+        """Sum `count` tokens from row `first` over the keys begin .. end, at most a part."""
+        reading = T.meta_var(tile_pages if is_tile else single_pages)
+        steps = T.meta_var(tile_steps if is_tile else single_steps)
+        max_rows = T.meta_var(tile_rows if is_tile else single_rows)
+        sums = T.alloc_buffer((max_rows, LANES), "float32")
         scores = T.alloc_buffer((max_rows, KEY_BLOCK), "float32")
-        keys = T.alloc_buffer((head_dim, KEY_BLOCK), "float32")
-        values = T.alloc_buffer((KEY_BLOCK, head_dim), "float32")
+        copy = T.alloc_buffer((KEY_BLOCK * head_dim,), "float32")
         factors = T.alloc_buffer((2, KEY_BLOCK), "float32")
+        places = T.alloc_buffer((2 * KEY_VECTORS + 1,), "int32")
+        source = T.meta_var(copy if is_tile else pages)
         for r in T.serial(max_rows):
-            state[r, 0] = T.float32(MASKED)
+            steps.clear(acc, state, r)
             sums[r, T.ramp(0, 1, LANES)] = splat(T.float32(0))
-            for d in T.serial(head_dim):
-                acc[r, d] = T.float32(0)
-                qs[r, d] = T.float32(0)
-        for r in T.serial(count * group):
-            for d in T.serial(head_dim):
-                qs[r, d] = q[first + r // group, kv_head * group + r % group, d] * T.float32(scale)
         for block in T.serial((end - begin + KEY_BLOCK - 1) // KEY_BLOCK):
             start = begin + block * KEY_BLOCK
-            if _is_needed(start, positions[first], window, sinks):
-                steps.load(pages, page_table, keys, values, factors, s, kv_head, start, end)
-                steps.score(qs, keys, factors, scores, count * group)
+            if _is_needed(start, KEY_BLOCK, positions[first], window, sinks):
+                reading.find(page_table, places, 0, s, start, end)
+                aim(
+                    *(page_table, context_len, places),
+                    *(s, kv_head, start + KEY_BLOCK, batch, is_tile),
+                )
+                reading.load_factors(pages, places, factors, kv_head)
+                if is_tile:
+                    reading.load_keys(pages, copy, places, kv_head)
+                steps.score(queries, source, places, factors, scores, kv_head, count * group)
                 if _needs_mask(start, positions[first], positions[first + count - 1], window):
                     for r in T.serial(count * group):
                         steps.mask(scores, r, positions[first + r // group], start)
                 for r in T.serial(count * group):
-                    steps.softmax(scores, state, sums, acc, r)
+                    steps.raise_maximum(scores, state, sums, acc, r)
+                for r in T.serial(count * group):
+                    steps.weigh(scores, factors, state, sums, r)
+                if is_tile:
+                    reading.load_values(pages, copy, places, kv_head)
                 steps.add_values(
-                    scores, values, factors, acc, count * group, T.min(KEY_BLOCK, end - start)
+                    *(scores, source, places, acc, kv_head, count * group),
+                    T.min(KEY_BLOCK, end - start),
                 )
+        for r in T.serial(count * group):
+            state[r, 1] = reduce_sum(sums[r, T.ramp(0, 1, LANES)])
+
+    @T.macro
+    def store(
+        acc: T.handle,
+        state: T.handle,
+        r: T.int32,
+        out: T.handle,
+        token: T.int32,
+        head: T.int32,
+    ) -> None:
+        state[r, 1] = T.float32(1) / state[r, 1]
+        for d in T.serial(head_dim):
+            out[token, head * head_dim + d] = acc[r, d] * state[r, 1]
 
     @T.macro
     def attend_tile(
@@ -88,13 +161,14 @@ def paged_attention(shape: AttentionShape) -> Any:
         query_start: T.handle,
         page_table: T.handle,
         positions: T.handle,
+        context_len: T.handle,
         out: T.handle,
         batch: T.int32,
         tile: T.int32,
         kv_head: T.int32,
     ) -> None:
-        """One tile of tokens of one sequence, all its keys."""
-        place = T.alloc_buffer((3,), "int32")  # sequence, first token, tiles left to skip
+        """One tile of tokens of one sequence, or one token, all its keys."""
+        place = T.alloc_buffer((4,), "int32")  # sequence, first token, tiles left to skip, keys
         place[0] = -1
         place[2] = tile
         for s in T.serial(batch):
@@ -108,31 +182,39 @@ def paged_attention(shape: AttentionShape) -> Any:
                         - (query_start[s + 1] - query_start[s] + tile_tokens - 1) // tile_tokens
                     )
         if place[0] >= 0:
+            queries = T.alloc_buffer((tile_rows, head_dim), "float32")
+            part = T.alloc_buffer((tile_rows, head_dim), "float32")
+            part_state = T.alloc_buffer((tile_rows, 2), "float32")
             acc = T.alloc_buffer((tile_rows, head_dim), "float32")
-            sums = T.alloc_buffer((tile_rows, LANES), "float32")
             state = T.alloc_buffer((tile_rows, 2), "float32")
             count = T.min(tile_tokens, query_start[place[0] + 1] - place[1])
-            attend(
-                q,
-                pages,
-                page_table,
-                positions,
-                acc,
-                sums,
-                state,
-                place[0],
-                kv_head,
-                place[1],
-                count,
-                0,
-                positions[place[1] + count - 1] + 1,
-                tile_rows,
-            )
+            place[3] = positions[place[1] + count - 1] + 1
+            load_queries(q, queries, kv_head, place[1], count, tile_rows)
+            if place[3] > PART_KEYS:
+                for r in T.serial(count * group):
+                    tile_steps.clear(acc, state, r)
+            for p in T.serial(_parts(place[3])):
+                if _is_needed(p * PART_KEYS, PART_KEYS, positions[place[1]], window, sinks):
+                    operands = T.meta_var(
+                        (
+                            *(queries, pages, page_table, positions, context_len, part),
+                            *(part_state, place[0], kv_head, place[1], count, p * PART_KEYS),
+                            *(T.min((p + 1) * PART_KEYS, place[3]), batch),
+                        )
+                    )
+                    if count == 1:
+                        attend(*operands, False)
+                    else:
+                        attend(*operands, True)
+                    if place[3] > PART_KEYS:
+                        for r in T.serial(count * group):
+                            tile_steps.merge(part, part_state, r, acc, state, r)
             for r in T.serial(count * group):
-                state[r, 1] = T.float32(1) / reduce_sum(sums[r, T.ramp(0, 1, LANES)])
-                for d in T.serial(head_dim):
-                    out[place[1] + r // group, (kv_head * group + r % group) * head_dim + d] = (
-                        acc[r, d] * state[r, 1]
+                if place[3] > PART_KEYS:
+                    store(acc, state, r, out, place[1] + r // group, kv_head * group + r % group)
+                else:
+                    store(
+                        part, part_state, r, out, place[1] + r // group, kv_head * group + r % group
                     )
 
     @T.macro
@@ -142,64 +224,60 @@ def paged_attention(shape: AttentionShape) -> Any:
         page_table: T.handle,
         positions: T.handle,
         context_len: T.handle,
-        partial: T.handle,
-        weight: T.handle,
+        parts: T.handle,
+        part_states: T.handle,
+        out: T.handle,
         s: T.int32,
         kv_head: T.int32,
-        part: T.int32,
+        p: T.int32,
+        max_parts: T.int32,
+        batch: T.int32,
     ) -> None:
-        """One token of sequence s over one part of its keys, left unnormalised."""
-        if part * SPLIT_KEYS < context_len[s]:
-            acc = T.alloc_buffer((single_rows, head_dim), "float32")
-            sums = T.alloc_buffer((single_rows, LANES), "float32")
-            state = T.alloc_buffer((single_rows, 2), "float32")
-            attend(
-                q,
-                pages,
-                page_table,
-                positions,
-                acc,
-                sums,
-                state,
-                s,
-                kv_head,
-                s,
-                1,
-                part * SPLIT_KEYS,
-                T.min((part + 1) * SPLIT_KEYS, context_len[s]),
-                single_rows,
-            )
-            for r in T.serial(group):
-                weight[s, kv_head * group + r, part, 0] = state[r, 0]
-                weight[s, kv_head * group + r, part, 1] = reduce_sum(sums[r, T.ramp(0, 1, LANES)])
-                for d in T.serial(head_dim):
-                    partial[s, kv_head * group + r, part, d] = acc[r, d]
+        """The one token of sequence s over one part of its keys."""
+        if p * PART_KEYS < context_len[s]:
+            if _is_needed(p * PART_KEYS, PART_KEYS, positions[s], window, sinks):
+                queries = T.alloc_buffer((single_rows, head_dim), "float32")
+                acc = T.alloc_buffer((single_rows, head_dim), "float32")
+                state = T.alloc_buffer((single_rows, 2), "float32")
+                load_queries(q, queries, kv_head, s, 1, single_rows)
+                attend(
+                    *(queries, pages, page_table, positions, context_len, acc, state),
+                    *(s, kv_head, s, 1),
+                    p * PART_KEYS,
+                    T.min((p + 1) * PART_KEYS, context_len[s]),
+                    *(batch, False),
+                )
+                for r in T.serial(group):
+                    if context_len[s] > PART_KEYS:
+                        row = (s * heads + kv_head * group + r) * max_parts + p
+                        for i in T.serial(2):
+                            part_states[row, i] = state[r, i]
+                        for d in T.serial(head_dim):
+                            parts[row, d] = acc[r, d]
+                    else:
+                        store(acc, state, r, out, s, kv_head * group + r)
 
     @T.macro
     def merge_parts(
-        partial: T.handle,
-        weight: T.handle,
+        positions: T.handle,
+        context_len: T.handle,
+        parts: T.handle,
+        part_states: T.handle,
         out: T.handle,
         s: T.int32,
         h: T.int32,
-        num_parts: T.int32,
+        max_parts: T.int32,
     ) -> None:
-        best = T.alloc_buffer((LANES,), "float32")
-        total = T.alloc_buffer((1,), "float32")
-        best[0] = T.float32(MASKED)
-        for part in T.serial(num_parts):
-            best[0] = T.max(best[0], weight[s, h, part, 0])
-        total[0] = T.float32(0)
-        for part in T.serial(num_parts):
-            weight[s, h, part, 0] = T.Shuffle([exp(splat(weight[s, h, part, 0] - best[0]))], [0])
-            total[0] = total[0] + weight[s, h, part, 0] * weight[s, h, part, 1]
-        for d in T.serial(head_dim):
-            out[s, h * head_dim + d] = T.float32(0)
-        for part in T.serial(num_parts):
-            for d in T.serial(head_dim):
-                out[s, h * head_dim + d] = out[s, h * head_dim + d] + partial[s, h, part, d] * (
-                    weight[s, h, part, 0] / total[0]
-                )
+        if context_len[s] > PART_KEYS:
+            acc = T.alloc_buffer((1, head_dim), "float32")
+            state = T.alloc_buffer((1, 2), "float32")
+            single_steps.clear(acc, state, 0)
+            for p in T.serial(_parts(context_len[s])):
+                if _is_needed(p * PART_KEYS, PART_KEYS, positions[s], window, sinks):
+                    single_steps.merge(
+                        parts, part_states, (s * heads + h) * max_parts + p, acc, state, 0
+                    )
+            store(acc, state, 0, out, s, h)
 
     @T.prim_func(private=True, s_tir=True)
     def paged_attention_kernel(
@@ -225,43 +303,29 @@ def paged_attention(shape: AttentionShape) -> Any:
         positions = T.match_buffer(positions_handle, (n,), "int32")
         out = T.match_buffer(out_handle, (n, heads * head_dim), "float32")
         if n == batch:
-            partial = T.alloc_buffer((batch, heads, _parts(max_pages), head_dim), "float32")
-            weight = T.alloc_buffer((batch, heads, _parts(max_pages), 2), "float32")
-            for task in T.parallel(batch * kv_heads * _parts(max_pages)):
+            max_parts = T.meta_var(_parts(max_pages * LANES))
+            parts = T.alloc_buffer((batch * heads * max_parts, head_dim), "float32")
+            part_states = T.alloc_buffer((batch * heads * max_parts, 2), "float32")
+            for task in T.parallel(kv_heads * batch * max_parts):
                 attend_part(
-                    q,
-                    pages,
-                    page_table,
-                    positions,
-                    context_len,
-                    partial,
-                    weight,
-                    task // (kv_heads * _parts(max_pages)),
-                    task // _parts(max_pages) % kv_heads,
-                    task % _parts(max_pages),
+                    *(q, pages, page_table, positions, context_len, parts, part_states, out),
+                    task // (kv_heads * max_parts),
+                    task // max_parts % kv_heads,
+                    task % max_parts,
+                    *(max_parts, batch),
                 )
-            for s in T.serial(batch):
-                for h in T.serial(heads):
+            if max_parts > 1:
+                for task in T.parallel(batch * heads):
                     merge_parts(
-                        partial,
-                        weight,
-                        out,
-                        s,
-                        h,
-                        (context_len[s] + SPLIT_KEYS - 1) // SPLIT_KEYS,
+                        *(positions, context_len, parts, part_states, out),
+                        *(task // heads, task % heads, max_parts),
                     )
         else:
             # At most one partly filled tile a sequence: some tasks find nothing to do. Early and
             # late tiles alternate, since late ones see more keys and threads get equal ranges.
             for task in T.parallel(kv_heads * (n // tile_tokens + batch)):
                 attend_tile(
-                    q,
-                    pages,
-                    query_start,
-                    page_table,
-                    positions,
-                    out,
-                    batch,
+                    *(q, pages, query_start, page_table, positions, context_len, out, batch),
                     _alternate(task % (n // tile_tokens + batch), n // tile_tokens + batch),
                     task // (n // tile_tokens + batch),
                 )
@@ -274,16 +338,23 @@ def _alternate(index: Any, count: Any) -> Any:
     return T.if_then_else(index % 2 == 0, index // 2, count - 1 - index // 2)
 
 
-def _parts(max_pages: Any) -> Any:
-    """Return how many parts the longest context has."""
-    return (max_pages * LANES + SPLIT_KEYS - 1) // SPLIT_KEYS
+def _parts(num_keys: Any) -> Any:
+    """Return how many parts so many keys have."""
+    return (num_keys + PART_KEYS - 1) // PART_KEYS
 
 
-def _is_needed(start: Any, position: Any, window: int, sinks: int) -> Any:
-    """Return whether a block has keys that some query from `position` on sees."""
+def _is_needed(start: Any, count: int, position: Any, window: int, sinks: int) -> Any:
+    """Return whether a query from `position` on sees some of the `count` keys from `start` on."""
     if window <= 0:
         return T.bool(True)
-    return T.Or(start + KEY_BLOCK > position - window + 1, start < sinks)
+    return T.Or(start + count > position - window + 1, start < sinks)
+
+
+def _first_block(position: Any, window: int, sinks: int) -> Any:
+    """Return the first key of the first block that a query at `position` needs."""
+    if window <= 0 or sinks > 0:
+        return T.int32(0)
+    return T.max(position - window + 1, 0) // KEY_BLOCK * KEY_BLOCK
 
 
 def _needs_mask(start: Any, first: Any, last: Any, window: int) -> Any:

@@ -1,5 +1,6 @@
-"""Steps of attention over one block of keys: load, score, mask, online softmax, add values.
+"""Steps of attention on one block of keys: score, mask, online softmax, add values, merge.
 
+What is not seen changes nothing, not even a bit: it may be masked, or left out with its block.
 Dao et al. 2022, with query heads that share a KV head as rows of one tile. The steps work on
 float32 buffers of a task; `attention.py` decides which tokens and keys a task has.
 """
@@ -11,150 +12,162 @@ from typing import Any
 
 from tvm.script import tirx as T
 
+from mlc_llm.kernels.cpu.attention_pages import KEY_VECTORS, AttentionShape, PageSteps
 from mlc_llm.kernels.cpu.vector_math import (
     LANES,
+    LOG2_E,
+    LOWEST,
     MASKED,
-    exp,
+    exp2,
+    multiply_add,
     reduce_max,
     splat,
     vector_lanes,
 )
 
-# Keys per step of the online softmax: four vectors of scores.
-KEY_BLOCK = 64
-KEY_VECTORS = KEY_BLOCK // LANES
-
-
-@dataclass(frozen=True)
-class AttentionShape:
-    """What the attention kernel is specialised for."""
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    page_size: int
-    kv_dtype: str
-    scale: float
-    window: int  # tokens a query sees, itself included; -1 sees all
-    sinks: int = 0  # first tokens that every query sees in spite of the window
-    soft_cap: float = 0.0  # scores become cap * tanh(score / cap); 0 leaves them (Gemma 2)
-
-    @property
-    def group(self) -> int:
-        """Return the number of query heads per KV head."""
-        return self.num_heads // self.num_kv_heads
-
-    @property
-    def row_step(self) -> int:
-        """Return how many rows share one load of keys or values in registers."""
-        return 3 if self.group % 3 == 0 and self.group % 4 else 4
-
-    @property
-    def is_int8(self) -> bool:
-        """Return whether pages hold int8 codes with a scale for each token."""
-        return self.kv_dtype == "int8"
-
-    @property
-    def page_items(self) -> int:
-        """Return the items of a head's K or V in a page, see `KVCacheLayout`."""
-        return self.page_size * (self.head_dim + 4 if self.is_int8 else self.head_dim)
-
-    def padded_rows(self, tokens: int) -> int:
-        """Return the rows of a tile of `tokens`, filled up to whole register steps."""
-        return -(-tokens * self.group // self.row_step) * self.row_step
+# Scores may exceed the maximum that weights are relative to by this much: then it seldom moves, and
+# weights stay below 2**8.
+_MAX_RISE = 8.0
 
 
 @dataclass(frozen=True)
 class BlockSteps:
-    """Macros over the buffers of one task.
+    """Macros over the buffers of one task. For source, places and factors see `PageSteps`.
 
-    load(pages, page_table, keys, values, factors, s, kv_head, start, end): one block as float32,
-    keys (head_dim, 64) and values (64, head_dim); int8 ones stay codes and factors (2, 64) are
-    their scales. score(q, keys, factors, scores, rows). mask(scores, row, position, start).
-    softmax(scores, state, sums, acc, row): state (rows, 2) is the running maximum and a scratch,
-    sums (rows, 16) the lanes of the running sum. add_values(scores, values, factors, acc, rows,
-    count).
+    acc (rows, head_dim) sums weighted values, state (rows, 2) is the maximum that weights are
+    relative to and their sum, sums (rows, 16) are the lanes of that sum while blocks are added.
+
+    clear(acc, state, row). score(q, source, places, factors, scores, kv_head, rows).
+    mask(scores, row, position, start). raise_maximum(scores, state, sums, acc, row) and
+    weigh(scores, factors, state, sums, row) make weights of scores. add_values(scores, source,
+    places, acc, kv_head, rows, count). merge(part, part_state, i, acc, state, row) adds what row i
+    of a part has summed to `row`.
     """
 
-    load: Any
+    clear: Any
     score: Any
     mask: Any
-    softmax: Any
+    raise_maximum: Any
+    weigh: Any
     add_values: Any
+    merge: Any
 
 
-def block_steps(shape: AttentionShape) -> BlockSteps:
-    """Return the steps for a shape. Pages must hold 16 tokens: a page of scores is one vector."""
-    head_dim, page_size, step = shape.head_dim, shape.page_size, shape.row_step
+def block_steps(
+    shape: AttentionShape, reading: PageSteps, step: int, *, is_fetching: bool
+) -> BlockSteps:
+    """Return the steps for a shape, with `step` rows in registers.
+
+    is_fetching: scoring also fetches the next block.
+    """
+    head_dim, page_size, is_int8 = shape.head_dim, shape.page_size, shape.is_int8
     window, sinks, soft_cap = shape.window, shape.sinks, shape.soft_cap
-    is_int8 = shape.is_int8
     lanes = vector_lanes(head_dim)
     vectors = head_dim // lanes
-    # Vectors of the output that are summed in registers at a time.
-    width = next(count for count in (4, 3, 2, 1) if vectors % count == 0)
-    assert page_size == LANES, "scores of one page are one vector"
+    # Vectors of scores, and of the output, that are summed in registers at a time.
+    span = shape.span
+    width = next(count for count in range(span, 0, -1) if vectors % count == 0)
+    line, half = reading.line, step // 2
 
     @T.macro
-    def load(
-        pages: T.handle,
-        page_table: T.handle,
-        keys: T.handle,
-        values: T.handle,
-        factors: T.handle,
-        s: T.int32,
+    def clear(acc: T.handle, state: T.handle, row: T.int32) -> None:
+        state[row, 0] = T.float32(LOWEST)
+        state[row, 1] = T.float32(0)
+        for d in T.serial(vectors):
+            acc[row, T.ramp(d * lanes, 1, lanes)] = splat(T.float32(0), lanes)
+
+    @T.macro
+    def multiply_keys(
+        dot: T.handle,
+        q: T.handle,
+        source: T.handle,
+        places: T.handle,
         kv_head: T.int32,
-        start: T.int32,
-        end: T.int32,
+        row: T.int32,
+        rows: T.meta_var,
+        d: T.int32,
+        first: T.int32,
     ) -> None:
-        for u in T.serial(KEY_VECTORS):
-            if start + u * page_size < end:
-                page = page_table[s, start // page_size + u]
-                for d in T.serial(head_dim):
-                    keys[d, T.ramp(u * LANES, 1, LANES)] = T.Cast(
-                        f"float32x{LANES}",
-                        pages[page, 0, kv_head, T.ramp(d * page_size, 1, LANES)],
-                    )
-                if is_int8:
-                    for side in T.unroll(2):
-                        factors[side, T.ramp(u * LANES, 1, LANES)] = T.reinterpret(
-                            f"float32x{LANES}",
-                            pages[
-                                page,
-                                side,
-                                kv_head,
-                                T.ramp(page_size * head_dim, 1, 4 * page_size),
-                            ],
+        for i in T.unroll(rows):
+            for u in T.unroll(span):
+                dot[i * span + u, T.ramp(0, 1, LANES)] = multiply_add(
+                    splat(q[row + i, d]),
+                    reading.key(source, places, kv_head, d, first + u),
+                    dot[i * span + u, T.ramp(0, 1, LANES)],
+                )
+
+    @T.macro
+    def finish_scores(
+        dot: T.handle,
+        factors: T.handle,
+        scores: T.handle,
+        row: T.int32,
+        rows: T.meta_var,
+        first: T.int32,
+    ) -> None:
+        for i in T.unroll(rows):
+            for u in T.unroll(span):
+                scores[row + i, T.ramp((first + u) * LANES, 1, LANES)] = _finish_score(
+                    dot[i * span + u, T.ramp(0, 1, LANES)],
+                    factors[0, T.ramp((first + u) * LANES, 1, LANES)],
+                    is_int8,
+                    soft_cap,
+                )
+
+    @T.macro
+    def score_rows(
+        q: T.handle,
+        source: T.handle,
+        places: T.handle,
+        factors: T.handle,
+        scores: T.handle,
+        kv_head: T.int32,
+        row: T.int32,
+        first: T.int32,
+        fetches: T.meta_var,
+    ) -> None:
+        """Score `step` rows against `span` pages."""
+        # Two buffers, each small enough to stay in registers beside fetches.
+        low = T.alloc_buffer((max(half, 1) * span, LANES), "float32")
+        high = T.alloc_buffer(((step - half) * span, LANES), "float32")
+        for i in T.unroll(half * span):
+            low[i, T.ramp(0, 1, LANES)] = splat(T.float32(0))
+        for i in T.unroll((step - half) * span):
+            high[i, T.ramp(0, 1, LANES)] = splat(T.float32(0))
+        for block in T.serial(head_dim // line):
+            for j in T.unroll(line):
+                if fetches:
+                    for u in T.unroll(KEY_VECTORS // line):
+                        reading.fetch(
+                            source,
+                            places,
+                            j * (KEY_VECTORS // line) + u,
+                            block * (line * page_size),
                         )
-                for t in T.serial(page_size):
-                    for d in T.unroll(vectors):
-                        values[u * page_size + t, T.ramp(d * lanes, 1, lanes)] = T.Cast(
-                            f"float32x{lanes}",
-                            pages[page, 1, kv_head, T.ramp(t * head_dim + d * lanes, 1, lanes)],
-                        )
+                d = T.meta_var(block * line + j)
+                multiply_keys(low, q, source, places, kv_head, row, half, d, first)
+                multiply_keys(high, q, source, places, kv_head, row + half, step - half, d, first)
+        finish_scores(low, factors, scores, row, half, first)
+        finish_scores(high, factors, scores, row + half, step - half, first)
 
     @T.macro
     def score(
-        q: T.handle, keys: T.handle, factors: T.handle, scores: T.handle, rows: T.int32
+        q: T.handle,
+        source: T.handle,
+        places: T.handle,
+        factors: T.handle,
+        scores: T.handle,
+        kv_head: T.int32,
+        rows: T.int32,
     ) -> None:
-        dot = T.alloc_buffer((step * KEY_VECTORS, LANES), "float32")
-        for r in T.serial((rows + step - 1) // step):
-            for i in T.unroll(step * KEY_VECTORS):
-                dot[i, T.ramp(0, 1, LANES)] = splat(T.float32(0))
-            for d in T.serial(head_dim):
-                for i in T.unroll(step):
-                    for u in T.unroll(KEY_VECTORS):
-                        dot[i * KEY_VECTORS + u, T.ramp(0, 1, LANES)] = (
-                            dot[i * KEY_VECTORS + u, T.ramp(0, 1, LANES)]
-                            + splat(q[r * step + i, d]) * keys[d, T.ramp(u * LANES, 1, LANES)]
-                        )
-            for i in T.unroll(step):
-                for u in T.unroll(KEY_VECTORS):
-                    scores[r * step + i, T.ramp(u * LANES, 1, LANES)] = _finish_score(
-                        dot[i * KEY_VECTORS + u, T.ramp(0, 1, LANES)],
-                        factors[0, T.ramp(u * LANES, 1, LANES)],
-                        is_int8,
-                        soft_cap,
-                    )
+        score_rows(q, source, places, factors, scores, kv_head, 0, 0, is_fetching)
+        for u in T.serial(KEY_VECTORS // span - 1):
+            score_rows(q, source, places, factors, scores, kv_head, 0, (u + 1) * span, False)
+        for r in T.serial((rows + step - 1) // step - 1):
+            for u in T.serial(KEY_VECTORS // span):
+                score_rows(
+                    *(q, source, places, factors, scores, kv_head, (r + 1) * step, u * span, False)
+                )
 
     @T.macro
     def mask(scores: T.handle, row: T.int32, position: T.int32, start: T.int32) -> None:
@@ -166,7 +179,7 @@ def block_steps(shape: AttentionShape) -> BlockSteps:
             )
 
     @T.macro
-    def softmax(
+    def raise_maximum(
         scores: T.handle, state: T.handle, sums: T.handle, acc: T.handle, row: T.int32
     ) -> None:
         best = T.alloc_buffer((LANES,), "float32")
@@ -176,11 +189,11 @@ def block_steps(shape: AttentionShape) -> BlockSteps:
                 best[T.ramp(0, 1, LANES)], scores[row, T.ramp((u + 1) * LANES, 1, LANES)]
             )
         best[0] = reduce_max(best[T.ramp(0, 1, LANES)])
-        if best[0] > state[row, 0]:
+        if best[0] > state[row, 0] + T.float32(_MAX_RISE):
             # What was summed so far shrinks to the new maximum.
-            state[row, 1] = state[row, 0] - best[0]
+            best[1] = state[row, 0] - best[0]
             state[row, 0] = best[0]
-            best[T.ramp(0, 1, LANES)] = exp(splat(state[row, 1]))
+            best[T.ramp(0, 1, LANES)] = exp2(splat(best[1]))
             sums[row, T.ramp(0, 1, LANES)] = (
                 sums[row, T.ramp(0, 1, LANES)] * best[T.ramp(0, 1, LANES)]
             )
@@ -188,20 +201,31 @@ def block_steps(shape: AttentionShape) -> BlockSteps:
                 acc[row, T.ramp(d * lanes, 1, lanes)] = acc[
                     row, T.ramp(d * lanes, 1, lanes)
                 ] * splat(best[0], lanes)
+
+    @T.macro
+    def weigh(
+        scores: T.handle, factors: T.handle, state: T.handle, sums: T.handle, row: T.int32
+    ) -> None:
         for u in T.unroll(KEY_VECTORS):
-            scores[row, T.ramp(u * LANES, 1, LANES)] = exp(
+            scores[row, T.ramp(u * LANES, 1, LANES)] = exp2(
                 scores[row, T.ramp(u * LANES, 1, LANES)] - splat(state[row, 0])
             )
             sums[row, T.ramp(0, 1, LANES)] = (
                 sums[row, T.ramp(0, 1, LANES)] + scores[row, T.ramp(u * LANES, 1, LANES)]
             )
+            if is_int8:
+                scores[row, T.ramp(u * LANES, 1, LANES)] = (
+                    scores[row, T.ramp(u * LANES, 1, LANES)]
+                    * factors[1, T.ramp(u * LANES, 1, LANES)]
+                )
 
     @T.macro
     def add_values(
         scores: T.handle,
-        values: T.handle,
-        factors: T.handle,
+        source: T.handle,
+        places: T.handle,
         acc: T.handle,
+        kv_head: T.int32,
         rows: T.int32,
         count: T.int32,
     ) -> None:
@@ -213,26 +237,49 @@ def block_steps(shape: AttentionShape) -> BlockSteps:
                         part[i * width + v, T.ramp(0, 1, lanes)] = acc[
                             r * step + i, T.ramp((d * width + v) * lanes, 1, lanes)
                         ]
-                for t in T.serial(count):
-                    for i in T.unroll(step):
-                        for v in T.unroll(width):
-                            part[i * width + v, T.ramp(0, 1, lanes)] = (
-                                part[i * width + v, T.ramp(0, 1, lanes)]
-                                + splat(
-                                    scores[r * step + i, t] * factors[1, t]
-                                    if is_int8
-                                    else scores[r * step + i, t],
+                for u in T.serial((count + page_size - 1) // page_size):
+                    for t in T.serial(T.min(page_size, count - u * page_size)):
+                        for i in T.unroll(step):
+                            for v in T.unroll(width):
+                                part[i * width + v, T.ramp(0, 1, lanes)] = multiply_add(
+                                    splat(scores[r * step + i, u * page_size + t], lanes),
+                                    reading.value(source, places, kv_head, u, t, d * width + v),
+                                    part[i * width + v, T.ramp(0, 1, lanes)],
                                     lanes,
                                 )
-                                * values[t, T.ramp((d * width + v) * lanes, 1, lanes)]
-                            )
                 for i in T.unroll(step):
                     for v in T.unroll(width):
                         acc[r * step + i, T.ramp((d * width + v) * lanes, 1, lanes)] = part[
                             i * width + v, T.ramp(0, 1, lanes)
                         ]
 
-    return BlockSteps(load, score, mask, softmax, add_values)
+    @T.macro
+    def merge(
+        part: T.handle,
+        part_state: T.handle,
+        i: T.int32,
+        acc: T.handle,
+        state: T.handle,
+        row: T.int32,
+    ) -> None:
+        factors = T.alloc_buffer((2, LANES), "float32")
+        best = T.alloc_buffer((1,), "float32")
+        best[0] = T.max(state[row, 0], part_state[i, 0])
+        factors[0, T.ramp(0, 1, LANES)] = exp2(splat(state[row, 0] - best[0]))
+        factors[1, T.ramp(0, 1, LANES)] = exp2(splat(part_state[i, 0] - best[0]))
+        state[row, 0] = best[0]
+        state[row, 1] = multiply_add(
+            part_state[i, 1], factors[1, 0], state[row, 1] * factors[0, 0], 1
+        )
+        for d in T.serial(vectors):
+            acc[row, T.ramp(d * lanes, 1, lanes)] = multiply_add(
+                part[i, T.ramp(d * lanes, 1, lanes)],
+                splat(factors[1, 0], lanes),
+                acc[row, T.ramp(d * lanes, 1, lanes)] * splat(factors[0, 0], lanes),
+                lanes,
+            )
+
+    return BlockSteps(clear, score, mask, raise_maximum, weigh, add_values, merge)
 
 
 def _finish_score(score: Any, factor: Any, is_int8: bool, soft_cap: float) -> Any:
@@ -240,9 +287,11 @@ def _finish_score(score: Any, factor: Any, is_int8: bool, soft_cap: float) -> An
     if is_int8:
         score = score * factor
     if soft_cap > 0:
-        # tanh(x) = 1 - 2 / (e**2x + 1)
-        ratio = exp(score * splat(T.float32(2 / soft_cap))) + splat(T.float32(1))
-        score = splat(T.float32(soft_cap)) - splat(T.float32(2 * soft_cap)) / ratio
+        # tanh(x) = 1 - 2 / (e**2x + 1); the result is in powers of two, like scores without a cap.
+        power = T.min(score * splat(T.float32(2 / soft_cap * LOG2_E)), splat(T.float32(126)))
+        ratio = exp2(power) + splat(T.float32(1))
+        cap = soft_cap * LOG2_E
+        score = splat(T.float32(cap)) - splat(T.float32(2 * cap)) / ratio
     return score
 
 

@@ -6,7 +6,15 @@ from typing import Any
 
 from tvm.script import tirx as T
 
-from mlc_llm.kernels.cpu.vector_math import lane_dtype, reduce_sum, silu, span, splat, vector_lanes
+from mlc_llm.kernels.cpu.vector_math import (
+    lane_dtype,
+    multiply_add,
+    reduce_sum,
+    silu,
+    span,
+    splat,
+    vector_lanes,
+)
 
 # Below this many rows a parallel launch costs more than it saves (benchmarks/kernels.py).
 _SERIAL_ROWS = 12
@@ -21,9 +29,11 @@ def rms_factor(hidden_size: int, eps: float) -> Any:
         total = T.alloc_buffer((lanes,), "float32")
         total[span(0, lanes)] = splat(T.float32(0), lanes)
         for i in T.serial(hidden_size // lanes):
-            total[span(0, lanes)] = (
-                total[span(0, lanes)]
-                + x[row, span(i * lanes, lanes)] * x[row, span(i * lanes, lanes)]
+            total[span(0, lanes)] = multiply_add(
+                x[row, span(i * lanes, lanes)],
+                x[row, span(i * lanes, lanes)],
+                total[span(0, lanes)],
+                lanes,
             )
         factor[0] = T.float32(1) / T.sqrt(
             reduce_sum(total[span(0, lanes)], lanes) / T.float32(hidden_size) + T.float32(eps)

@@ -14,7 +14,7 @@ from typing import Any
 from tvm.script import tirx as T
 
 from mlc_llm.kernels.cpu.linear import ROWS, num_blocks, store_tile
-from mlc_llm.kernels.cpu.vector_math import LANES, splat
+from mlc_llm.kernels.cpu.vector_math import LANES, multiply_add, splat
 
 
 @dataclass(frozen=True)
@@ -115,11 +115,20 @@ def _dequantize(word: Any, scale: Any, offset: Any, shift: int, bits: int) -> An
         T.shift_right(word, T.broadcast(T.uint32(shift), LANES)),
         T.broadcast(T.uint32((1 << bits) - 1), LANES),
     )
-    return T.Cast(f"float32x{LANES}", T.Cast(f"int32x{LANES}", code)) * scale + offset
+    return multiply_add(T.Cast(f"float32x{LANES}", T.Cast(f"int32x{LANES}", code)), scale, offset)
 
 
-def matmul(out_features: int, in_features: int, form: GroupFormat, bias_dtype: str | None) -> Any:
-    """Multiply: x (n, in) float32, packed words and scales[, bias (out)] -> (n, out) float32."""
+def matmul(
+    out_features: int,
+    in_features: int,
+    form: GroupFormat,
+    bias_dtype: str | None,
+    rows: int = ROWS,
+) -> Any:
+    """Multiply: x (n, in) float32, packed words and scales[, bias (out)] -> (n, out) float32.
+
+    rows: how many share a load of weights; their sums should fit into registers.
+    """
     blocks = num_blocks(out_features)
     groups = form.num_groups(in_features)
     vector = f"float32x{LANES}"
@@ -147,14 +156,16 @@ def matmul(out_features: int, in_features: int, form: GroupFormat, bias_dtype: s
             for w in T.serial(words_per_group):
                 for r in T.unroll(per_word):
                     if g * group_size + w * per_word + r < in_features:
-                        acc[0, T.ramp(0, 1, LANES)] = acc[0, T.ramp(0, 1, LANES)] + splat(
-                            x[0, g * group_size + w * per_word + r]
-                        ) * _dequantize(
-                            words[b, g * words_per_group + w, T.ramp(0, 1, LANES)],
-                            scale[0, T.ramp(0, 1, LANES)],
-                            scale[1, T.ramp(0, 1, LANES)],
-                            r * bits,
-                            bits,
+                        acc[0, T.ramp(0, 1, LANES)] = multiply_add(
+                            splat(x[0, g * group_size + w * per_word + r]),
+                            _dequantize(
+                                words[b, g * words_per_group + w, T.ramp(0, 1, LANES)],
+                                scale[0, T.ramp(0, 1, LANES)],
+                                scale[1, T.ramp(0, 1, LANES)],
+                                r * bits,
+                                bits,
+                            ),
+                            acc[0, T.ramp(0, 1, LANES)],
                         )
         store_tile(out, bias, acc, 1, b, 0, 1, out_features, store_dtype, has_bias)
 
@@ -170,7 +181,7 @@ def matmul(out_features: int, in_features: int, form: GroupFormat, bias_dtype: s
     ) -> None:
         weight = T.alloc_buffer((groups * group_size, LANES), "float32")
         scale = T.alloc_buffer((2, LANES), "float32")
-        acc = T.alloc_buffer((ROWS, LANES), "float32")
+        acc = T.alloc_buffer((rows, LANES), "float32")
         for g in T.serial(groups):
             load_scale(scales, scale, b, g)
             for w in T.serial(words_per_group):
@@ -182,16 +193,17 @@ def matmul(out_features: int, in_features: int, form: GroupFormat, bias_dtype: s
                         r * bits,
                         bits,
                     )
-        for m in T.serial((n + ROWS - 1) // ROWS):
-            for i in T.unroll(ROWS):
+        for m in T.serial((n + rows - 1) // rows):
+            for i in T.unroll(rows):
                 acc[i, T.ramp(0, 1, LANES)] = splat(T.float32(0))
             for k in T.serial(in_features):
-                for i in T.unroll(ROWS):
-                    acc[i, T.ramp(0, 1, LANES)] = (
-                        acc[i, T.ramp(0, 1, LANES)]
-                        + splat(x[T.min(m * ROWS + i, n - 1), k]) * weight[k, T.ramp(0, 1, LANES)]
+                for i in T.unroll(rows):
+                    acc[i, T.ramp(0, 1, LANES)] = multiply_add(
+                        splat(x[T.min(m * rows + i, n - 1), k]),
+                        weight[k, T.ramp(0, 1, LANES)],
+                        acc[i, T.ramp(0, 1, LANES)],
                     )
-            store_tile(out, bias, acc, n, b, m * ROWS, ROWS, out_features, store_dtype, has_bias)
+            store_tile(out, bias, acc, n, b, m * rows, rows, out_features, store_dtype, has_bias)
 
     @T.macro
     def all_blocks(

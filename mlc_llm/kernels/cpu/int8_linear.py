@@ -14,12 +14,13 @@ from tvm.script import tirx as T
 from mlc_llm.kernels.cpu.activations import TILE, Int8Shape
 from mlc_llm.kernels.cpu.isa import Isa, get_isa
 from mlc_llm.kernels.cpu.linear import num_blocks
-from mlc_llm.kernels.cpu.vector_math import LANES
+from mlc_llm.kernels.cpu.vector_math import LANES, multiply_add, prefetch
 
 # Bytes ahead of use at which weights are fetched (benchmarks/kernels.py, 2-core Zen 5).
 PREFETCH_BYTES = 8192
-# From this many tokens on, weights are unpacked once for all of them.
-GEMM_TOKENS = 17
+# From this many tokens on, weights are unpacked once for all of them. Fewer stream weights, which
+# from memory is 1.02-1.2 x as fast at 16 to 40 tokens (minima of alternating runs, 2-core Zen 5).
+GEMM_TOKENS = 41
 
 
 def _codes(word: Any, j: Any, bits: int, lanes: int) -> Any:
@@ -107,11 +108,12 @@ def matmul(shape: Int8Shape, bias_dtype: str | None) -> Any:
     ) -> None:
         for i in T.unroll(rows):
             for p in T.unroll(parts):
-                acc[i * parts + p, T.ramp(0, 1, lanes)] = acc[
-                    i * parts + p, T.ramp(0, 1, lanes)
-                ] + T.Cast(vector, total[i * parts + p, T.ramp(0, 1, lanes)]) * (
+                acc[i * parts + p, T.ramp(0, 1, lanes)] = multiply_add(
+                    T.Cast(vector, total[i * parts + p, T.ramp(0, 1, lanes)]),
                     T.Cast(vector, scales[b, g, T.ramp(p * lanes, 1, lanes)])
-                    * _scale(quad[m + i // TILE, (scale_at + g) * TILE + i % TILE], lanes)
+                    * _scale(quad[m + i // TILE, (scale_at + g) * TILE + i % TILE], lanes),
+                    acc[i * parts + p, T.ramp(0, 1, lanes)],
+                    lanes,
                 )
 
     @T.macro
@@ -143,7 +145,7 @@ def matmul(shape: Int8Shape, bias_dtype: str | None) -> Any:
                     odd[p, T.ramp(0, 1, lanes)] = T.broadcast(T.int32(0), lanes)
             for w in T.unroll(per_group):
                 T.evaluate(
-                    _prefetch(
+                    prefetch(
                         packed.access_ptr(
                             "r",
                             offset=(b * words + g * per_group + w) * LANES + PREFETCH_BYTES // 4,
@@ -196,6 +198,84 @@ def matmul(shape: Int8Shape, bias_dtype: str | None) -> Any:
             store(bias, out, acc, i, m * TILE + i, n, b)
 
     @T.macro
+    def unpacked_tile(
+        quad: T.handle,
+        packed: T.handle,
+        scales: T.handle,
+        bias: T.handle,
+        codes: T.handle,
+        factor: T.handle,
+        out: T.handle,
+        n: T.int32,
+        first: T.int32,
+        m: T.int32,
+        is_unpacking: T.meta_var,
+        is_fetching: T.meta_var,
+    ) -> None:
+        """A tile of tokens on `wide` blocks; the first one leaves their codes in the cache."""
+        acc = T.alloc_buffer((TILE * wide * parts, lanes), "float32")
+        total = T.alloc_buffer((TILE * wide * parts, lanes), "int32")
+        for i in T.unroll(TILE * wide * parts):
+            acc[i, T.ramp(0, 1, lanes)] = T.broadcast(T.float32(0), lanes)
+        for g in T.serial(groups):
+            for i in T.unroll(TILE):
+                for r in T.unroll(wide * parts):
+                    total[i * wide * parts + r, T.ramp(0, 1, lanes)] = T.broadcast(
+                        quad[m, (start_at + g) * TILE + i], lanes
+                    )
+            for r in T.unroll(wide):
+                if is_fetching:
+                    # The first tiles share the lines of the next blocks.
+                    T.evaluate(
+                        prefetch(
+                            packed.access_ptr(
+                                "r",
+                                offset=((first + wide + r) * words + m * groups + g) * LANES,
+                            )
+                        )
+                    )
+                if is_unpacking:
+                    for p in T.unroll(parts):
+                        factor[g, r, T.ramp(p * lanes, 1, lanes)] = T.Cast(
+                            vector, scales[first + r, g, T.ramp(p * lanes, 1, lanes)]
+                        )
+            for q in T.unroll(quads_per_group):
+                if is_unpacking:
+                    for r in T.unroll(wide):
+                        for p in T.unroll(parts):
+                            codes[g * quads_per_group + q, r, T.ramp(p * lanes, 1, lanes)] = _codes(
+                                packed[
+                                    first + r,
+                                    g * per_group + q // quads_per_word,
+                                    T.ramp(p * lanes, 1, lanes),
+                                ],
+                                q % quads_per_word,
+                                bits,
+                                lanes,
+                            )
+                for i in T.unroll(TILE):
+                    for r in T.unroll(wide):
+                        for p in T.unroll(parts):
+                            total[(i * wide + r) * parts + p, T.ramp(0, 1, lanes)] = dot4(
+                                total[(i * wide + r) * parts + p, T.ramp(0, 1, lanes)],
+                                codes[g * quads_per_group + q, r, T.ramp(p * lanes, 1, lanes)],
+                                T.broadcast(quad[m, (g * quads_per_group + q) * TILE + i], lanes),
+                            )
+            for i in T.unroll(TILE):
+                for r in T.unroll(wide):
+                    for p in T.unroll(parts):
+                        acc[(i * wide + r) * parts + p, T.ramp(0, 1, lanes)] = multiply_add(
+                            T.Cast(vector, total[(i * wide + r) * parts + p, T.ramp(0, 1, lanes)]),
+                            factor[g, r, T.ramp(p * lanes, 1, lanes)]
+                            * _scale(quad[m, (scale_at + g) * TILE + i], lanes),
+                            acc[(i * wide + r) * parts + p, T.ramp(0, 1, lanes)],
+                            lanes,
+                        )
+        for i in T.unroll(TILE):
+            for r in T.unroll(wide):
+                store(bias, out, acc, i * wide + r, m * TILE + i, n, first + r)
+
+    @T.macro
     def unpacked_blocks(
         quad: T.handle,
         packed: T.handle,
@@ -205,57 +285,16 @@ def matmul(shape: Int8Shape, bias_dtype: str | None) -> Any:
         n: T.int32,
         first: T.int32,
     ) -> None:
-        """All tokens on `wide` blocks, whose codes are unpacked once into the cache."""
+        """All tokens on `wide` blocks."""
         codes = T.alloc_buffer((quads, wide, LANES), "uint32")
         factor = T.alloc_buffer((groups, wide, LANES), "float32")
-        acc = T.alloc_buffer((TILE * wide * parts, lanes), "float32")
-        total = T.alloc_buffer((TILE * wide * parts, lanes), "int32")
-        for r in T.unroll(wide):
-            for w in T.serial(words):
-                for j in T.unroll(quads_per_word):
-                    for p in T.unroll(parts):
-                        codes[w * quads_per_word + j, r, T.ramp(p * lanes, 1, lanes)] = _codes(
-                            packed[first + r, w, T.ramp(p * lanes, 1, lanes)], j, bits, lanes
-                        )
-            for g in T.serial(groups):
-                for p in T.unroll(parts):
-                    factor[g, r, T.ramp(p * lanes, 1, lanes)] = T.Cast(
-                        vector, scales[first + r, g, T.ramp(p * lanes, 1, lanes)]
-                    )
-        for m in T.serial((n + TILE - 1) // TILE):
-            for i in T.unroll(TILE * wide * parts):
-                acc[i, T.ramp(0, 1, lanes)] = T.broadcast(T.float32(0), lanes)
-            for g in T.serial(groups):
-                for i in T.unroll(TILE):
-                    for r in T.unroll(wide * parts):
-                        total[i * wide * parts + r, T.ramp(0, 1, lanes)] = T.broadcast(
-                            quad[m, (start_at + g) * TILE + i], lanes
-                        )
-                for q in T.unroll(quads_per_group):
-                    for i in T.unroll(TILE):
-                        for r in T.unroll(wide):
-                            for p in T.unroll(parts):
-                                total[(i * wide + r) * parts + p, T.ramp(0, 1, lanes)] = dot4(
-                                    total[(i * wide + r) * parts + p, T.ramp(0, 1, lanes)],
-                                    codes[g * quads_per_group + q, r, T.ramp(p * lanes, 1, lanes)],
-                                    T.broadcast(
-                                        quad[m, (g * quads_per_group + q) * TILE + i], lanes
-                                    ),
-                                )
-                for i in T.unroll(TILE):
-                    for r in T.unroll(wide):
-                        for p in T.unroll(parts):
-                            acc[(i * wide + r) * parts + p, T.ramp(0, 1, lanes)] = acc[
-                                (i * wide + r) * parts + p, T.ramp(0, 1, lanes)
-                            ] + T.Cast(
-                                vector, total[(i * wide + r) * parts + p, T.ramp(0, 1, lanes)]
-                            ) * (
-                                factor[g, r, T.ramp(p * lanes, 1, lanes)]
-                                * _scale(quad[m, (scale_at + g) * TILE + i], lanes)
-                            )
-            for i in T.unroll(TILE):
-                for r in T.unroll(wide):
-                    store(bias, out, acc, i * wide + r, m * TILE + i, n, first + r)
+        operands = T.meta_var((quad, packed, scales, bias, codes, factor, out, n, first))
+        tiles = T.meta_var((n + TILE - 1) // TILE)
+        unpacked_tile(*operands, 0, True, True)
+        for m in T.serial(T.min(tiles, per_group) - 1):
+            unpacked_tile(*operands, m + 1, False, True)
+        for m in T.serial(T.max(tiles - per_group, 0)):
+            unpacked_tile(*operands, per_group + m, False, False)
 
     @T.macro
     def all_blocks(
@@ -276,15 +315,19 @@ def matmul(shape: Int8Shape, bias_dtype: str | None) -> Any:
             for b in T.parallel(blocks):
                 stream_block(quad, packed, scales, bias, out, n, b, 0, TILE)
         elif n < GEMM_TOKENS:
-            # Eight tokens share a load of weights; what is left is at most four.
             for b in T.parallel(blocks):
-                for m in T.serial((n + TILE - 1) // (2 * TILE)):
-                    stream_block(quad, packed, scales, bias, out, n, b, 2 * m, 2 * TILE)
-                if n % (2 * TILE) > 0:
-                    if n % (2 * TILE) <= TILE:
-                        stream_block(
-                            quad, packed, scales, bias, out, n, b, n // (2 * TILE) * 2, TILE
-                        )
+                if isa.tokens == TILE:
+                    for m in T.serial((n + TILE - 1) // TILE):
+                        stream_block(quad, packed, scales, bias, out, n, b, m, TILE)
+                else:
+                    # Eight tokens share a load of weights; what is left is at most four.
+                    for m in T.serial((n + TILE - 1) // (2 * TILE)):
+                        stream_block(quad, packed, scales, bias, out, n, b, 2 * m, 2 * TILE)
+                    if n % (2 * TILE) > 0:
+                        if n % (2 * TILE) <= TILE:
+                            stream_block(
+                                quad, packed, scales, bias, out, n, b, n // (2 * TILE) * 2, TILE
+                            )
         else:
             for b in T.parallel(blocks // wide):
                 unpacked_blocks(quad, packed, scales, bias, out, n, b * wide)
@@ -326,8 +369,3 @@ def matmul(shape: Int8Shape, bias_dtype: str | None) -> Any:
         all_blocks(quad, packed, scales, scales, out, n)
 
     return int8_matmul_kernel
-
-
-def _prefetch(pointer: Any) -> Any:
-    intrinsic = T.llvm_lookup_intrinsic_id("llvm.prefetch.p0")
-    return T.call_llvm_intrin(intrinsic, pointer, T.int32(0), T.int32(3), T.int32(1), dtype="void")

@@ -19,13 +19,17 @@ Dot4 = Callable[[Any, Any, Any], Any]
 
 @dataclass(frozen=True)
 class Isa:
-    """An instruction set. `code_offset` is what its dot4 subtracts from each 8-bit code."""
+    """An instruction set. `wide_offset` is what its dot4 subtracts from each 8-bit code.
+
+    tokens: how many share a load of weights, as far as it pays to keep their sums in registers.
+    """
 
     name: str
     lanes: int
     needs: frozenset[str]
     dot4_small: Dot4  # codes below 16
     dot4_wide: Dot4  # codes below 256
+    tokens: int
     wide_offset: int = 0
 
 
@@ -109,11 +113,11 @@ def _portable(lanes: int) -> Dot4:
 
 # Best first; the last one runs anywhere.
 ISAS = (
-    Isa("avx512vnni", 16, frozenset({"x86-64-v4", "avx512vnni"}), _vnni512, _vnni512),
-    Isa("avxvnni", 8, frozenset({"x86-64-v3", "avxvnni"}), _vnni256, _vnni256),
-    Isa("avx2", 8, frozenset({"x86-64-v3"}), _avx2_small, _avx2_wide),
-    Isa("neon-dotprod", 4, frozenset({"dotprod"}), _neon, _neon_wide, wide_offset=128),
-    Isa("generic", 4, frozenset(), _portable(4), _portable(4)),
+    Isa("avx512vnni", 16, frozenset({"x86-64-v4", "avx512vnni"}), _vnni512, _vnni512, 8),
+    Isa("avxvnni", 8, frozenset({"x86-64-v3", "avxvnni"}), _vnni256, _vnni256, 4),
+    Isa("avx2", 8, frozenset({"x86-64-v3"}), _avx2_small, _avx2_wide, 8),
+    Isa("neon-dotprod", 4, frozenset({"dotprod"}), _neon, _neon_wide, 4, wide_offset=128),
+    Isa("generic", 4, frozenset(), _portable(4), _portable(4), 4),
 )
 
 _X86_LEVELS = ("x86-64", "x86-64-v2", "x86-64-v3", "x86-64-v4")
@@ -131,3 +135,65 @@ def find_isa(features: Collection[str]) -> Isa:
 def get_isa(name: str) -> Isa:
     """Return the instruction set called `name`."""
     return next(isa for isa in ISAS if isa.name == name)
+
+
+@dataclass(frozen=True)
+class Bf16Isa:
+    """An instruction set that multiplies bfloat16 pairs, as functions in LLVM's language.
+
+    Vectors have 16 lanes; a pair is an int32, its first value in the low half. `module` defines
+    `dot`: (sum float32x16, pairs, pairs) -> sum plus both products of each lane, and `join`: two
+    float32x16, neighbours -> pairs, rounded to nearest even.
+
+    LLVM code, because TVM turns bfloat16 operands of an intrinsic into float32 ones.
+    """
+
+    name: str
+    needs: frozenset[str]
+    module: str
+    dot: str
+    join: str
+
+
+BF16_ISAS = (
+    Bf16Isa(
+        "avx512bf16",
+        frozenset({"x86-64-v4", "avx512bf16"}),
+        """
+declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(
+    <16 x float>, <32 x bfloat>, <32 x bfloat>)
+
+define <16 x float> @mlc_bf16_dot(<16 x float> %sum, <16 x i32> %a, <16 x i32> %b) {
+  %x = bitcast <16 x i32> %a to <32 x bfloat>
+  %y = bitcast <16 x i32> %b to <32 x bfloat>
+  %r = call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(
+      <16 x float> %sum, <32 x bfloat> %x, <32 x bfloat> %y)
+  ret <16 x float> %r
+}
+
+define <16 x i32> @mlc_bf16_join(<16 x float> %low, <16 x float> %high) {
+  %both = shufflevector <16 x float> %low, <16 x float> %high, <32 x i32> <
+      i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7,
+      i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15,
+      i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23,
+      i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %rounded = fptrunc <32 x float> %both to <32 x bfloat>
+  %r = bitcast <32 x bfloat> %rounded to <16 x i32>
+  ret <16 x i32> %r
+}
+""",
+        "mlc_bf16_dot",
+        "mlc_bf16_join",
+    ),
+)
+
+
+def find_bf16_isa(features: Collection[str]) -> Bf16Isa | None:
+    """Return the instruction set for bfloat16 of a CPU with these features, if it has one."""
+    have = set(features)
+    return next((isa for isa in BF16_ISAS if isa.needs <= have), None)
+
+
+def get_bf16_isa(name: str) -> Bf16Isa:
+    """Return the instruction set for bfloat16 called `name`."""
+    return next(isa for isa in BF16_ISAS if isa.name == name)

@@ -11,10 +11,10 @@ from typing import Any
 
 from tvm.script import tirx as T
 
-from mlc_llm.kernels.cpu.vector_math import LANES, splat
+from mlc_llm.kernels.cpu.vector_math import LANES, multiply_add, splat
 
-# Rows of activations that share one load of weights.
-ROWS = 8
+# Rows of activations that share one load of weights, where registers have 16 lanes and elsewhere.
+ROWS, FEW_ROWS = 8, 4
 
 
 def num_blocks(out_features: int) -> int:
@@ -54,8 +54,13 @@ def interleave(rows: int, columns: int, dtype: str, is_transposed: bool) -> Any:
     return interleave_kernel
 
 
-def matmul(out_features: int, in_features: int, dtype: str, has_bias: bool) -> Any:
-    """Multiply: x (n, in) float32, packed weight[, bias (out)] -> (n, out) float32."""
+def matmul(
+    out_features: int, in_features: int, dtype: str, has_bias: bool, rows: int = ROWS
+) -> Any:
+    """Multiply: x (n, in) float32, packed weight[, bias (out)] -> (n, out) float32.
+
+    rows: how many share a load of weights; their sums should fit into registers.
+    """
     blocks = num_blocks(out_features)
     vector = f"float32x{LANES}"
 
@@ -68,17 +73,19 @@ def matmul(out_features: int, in_features: int, dtype: str, has_bias: bool) -> A
         n: T.int32,
         b: T.int32,
         row: T.int32,
-        rows: T.meta_var,
+        count: T.meta_var,
     ) -> None:
-        acc = T.alloc_buffer((rows, LANES), "float32")
-        for i in T.unroll(rows):
+        acc = T.alloc_buffer((count, LANES), "float32")
+        for i in T.unroll(count):
             acc[i, T.ramp(0, 1, LANES)] = splat(T.float32(0))
         for k in T.serial(in_features):
-            for i in T.unroll(rows):
-                acc[i, T.ramp(0, 1, LANES)] = acc[i, T.ramp(0, 1, LANES)] + splat(
-                    x[T.min(row + i, n - 1), k]
-                ) * T.Cast(vector, packed[b, k, T.ramp(0, 1, LANES)])
-        store_tile(out, bias, acc, n, b, row, rows, out_features, dtype, has_bias)
+            for i in T.unroll(count):
+                acc[i, T.ramp(0, 1, LANES)] = multiply_add(
+                    splat(x[T.min(row + i, n - 1), k]),
+                    T.Cast(vector, packed[b, k, T.ramp(0, 1, LANES)]),
+                    acc[i, T.ramp(0, 1, LANES)],
+                )
+        store_tile(out, bias, acc, n, b, row, count, out_features, dtype, has_bias)
 
     @T.macro
     def all_tiles(x: T.handle, packed: T.handle, bias: T.handle, out: T.handle, n: T.int32) -> None:
@@ -87,8 +94,8 @@ def matmul(out_features: int, in_features: int, dtype: str, has_bias: bool) -> A
                 tile(x, packed, bias, out, n, b, 0, 1)
         else:
             for b in T.parallel(blocks):
-                for m in T.serial((n + ROWS - 1) // ROWS):
-                    tile(x, packed, bias, out, n, b, m * ROWS, ROWS)
+                for m in T.serial((n + rows - 1) // rows):
+                    tile(x, packed, bias, out, n, b, m * rows, rows)
 
     if has_bias:
 

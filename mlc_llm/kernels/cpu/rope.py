@@ -10,7 +10,8 @@ from typing import Any
 
 from tvm.script import tirx as T
 
-from mlc_llm.kernels.cpu.attention_block import AttentionShape
+from mlc_llm.kernels.cpu.attention_pages import AttentionShape
+from mlc_llm.kernels.cpu.vector_math import multiply_add
 
 
 def rope_table(rotary_dim: int, scale: float) -> Any:
@@ -57,9 +58,11 @@ def rope_and_write(shape: AttentionShape, rotary_dim: int) -> Any:
     def rotate(qkv: T.handle, table: T.handle, row: T.handle, t: T.int32, base: T.int32) -> None:
         """row = the rotated head that starts at `base`."""
         for i in T.serial(half):
-            row[i] = qkv[t, base + i] * table[t, i] - qkv[t, base + half + i] * table[t, half + i]
-            row[half + i] = (
-                qkv[t, base + half + i] * table[t, i] + qkv[t, base + i] * table[t, half + i]
+            row[i] = multiply_add(
+                -qkv[t, base + half + i], table[t, half + i], qkv[t, base + i] * table[t, i], 1
+            )
+            row[half + i] = multiply_add(
+                qkv[t, base + i], table[t, half + i], qkv[t, base + half + i] * table[t, i], 1
             )
         for i in T.serial(head_dim - rotary_dim):
             row[rotary_dim + i] = qkv[t, base + rotary_dim + i]

@@ -15,6 +15,8 @@ from mlc_llm.kernels.cpu.vector_math import LANES, exp, reduce_max, reduce_sum, 
 # Below this temperature the likeliest token is taken, the first of equals.
 GREEDY_TEMPERATURE = 1e-5
 _BITS_OF_ONE = 0x3F800000
+# Vectors of weights that `draw` sums at a time.
+BLOCK_VECTORS = 16
 
 
 def sample() -> Any:
@@ -70,6 +72,30 @@ def sample() -> Any:
                     bounds[1] = bounds[0] + (bounds[1] - bounds[0]) // 2
 
     @T.macro
+    def search(
+        weights: T.handle,
+        tokens: T.handle,
+        place: T.handle,
+        total: T.handle,
+        row: T.int32,
+        vectors: T.int32,
+        block: T.int32,
+        threshold: T.float32,
+        target: T.float64,
+    ) -> None:
+        """Look for the token in one block; the last kept one of it stands if none passes."""
+        end = T.min((block + 1) * BLOCK_VECTORS, vectors) * LANES
+        for i in T.serial(end - block * BLOCK_VECTORS * LANES):
+            if place[0] == 0:
+                if weights[row, block * BLOCK_VECTORS * LANES + i] >= threshold:
+                    total[0] = total[0] + T.Cast(
+                        "float64", weights[row, block * BLOCK_VECTORS * LANES + i]
+                    )
+                    tokens[row] = block * BLOCK_VECTORS * LANES + i
+                    if total[0] > target:
+                        place[0] = 1
+
+    @T.macro
     def draw(
         weights: T.handle,
         tokens: T.handle,
@@ -78,18 +104,39 @@ def sample() -> Any:
         threshold: T.float32,
         target: T.float64,
     ) -> None:
-        """tokens[row] = the token at which the running sum of kept weights passes `target`."""
+        """tokens[row] = the token at which the running sum of kept weights passes `target`.
+
+        Sums go block by block; only the block that passes the target is looked at token by token.
+        """
         total = T.alloc_buffer((1,), "float64")
-        is_found = T.alloc_buffer((1,), "int32")
+        block_sum = T.alloc_buffer((1,), "float64")
+        sums = T.alloc_buffer((LANES,), "float32")
+        place = T.alloc_buffer((2,), "int32")  # 1 when found; the last block with a kept token
         total[0] = T.float64(0)
-        is_found[0] = 0
-        for i in T.serial(vectors * LANES):
-            if is_found[0] == 0:
-                if weights[row, i] >= threshold:
-                    total[0] = total[0] + T.Cast("float64", weights[row, i])
-                    tokens[row] = i
-                    if total[0] > target:
-                        is_found[0] = 1
+        place[0] = 0
+        place[1] = 0
+        for block in T.serial((vectors + BLOCK_VECTORS - 1) // BLOCK_VECTORS):
+            if place[0] == 0:
+                sums[T.ramp(0, 1, LANES)] = splat(T.float32(0))
+                for i in T.serial(T.min(BLOCK_VECTORS, vectors - block * BLOCK_VECTORS)):
+                    sums[T.ramp(0, 1, LANES)] = sums[T.ramp(0, 1, LANES)] + T.Select(
+                        weights[row, T.ramp((block * BLOCK_VECTORS + i) * LANES, 1, LANES)]
+                        >= splat(threshold),
+                        weights[row, T.ramp((block * BLOCK_VECTORS + i) * LANES, 1, LANES)],
+                        splat(T.float32(0)),
+                    )
+                block_sum[0] = T.Cast("float64", reduce_sum(sums[T.ramp(0, 1, LANES)]))
+                if block_sum[0] > T.float64(0):
+                    place[1] = block
+                if total[0] + block_sum[0] > target:
+                    search(weights, tokens, place, total, row, vectors, block, threshold, target)
+                else:
+                    total[0] = total[0] + block_sum[0]
+        if place[0] == 0:
+            # The sums of blocks fell short by a rounding: the last kept token it is.
+            search(
+                weights, tokens, place, total, row, vectors, place[1], threshold, T.float64(3e38)
+            )
 
     @T.macro
     def one_row(

@@ -1,143 +1,41 @@
-"""Paged attention against a dense softmax in NumPy."""
+"""Paged attention against a dense softmax in NumPy, and against itself in other steps."""
 
-import dataclasses
-
-import numpy as np
 import pytest
+from attention_cases import (
+    DECODE,
+    RAGGED,
+    SHAPES,
+    check_against_dense,
+    check_independence,
+)
+from int8_cases import runnable_devices
 
-from mlc_llm.artifact import numpy_dtype
-from mlc_llm.kernels.cpu.attention import AttentionShape, paged_attention
+from mlc_llm.kernels.cpu.attention import paged_attention
 
 pytestmark = pytest.mark.cpu
 
-PAGE = 16
-# (context, new tokens) of each sequence; contexts around the sizes of pages, key blocks and parts.
-RAGGED = [(5, 5), (130, 1), (70, 37), (64, 64), (17, 3), (65, 2), (600, 5)]
-DECODE = [(length, 1) for length in (1, 16, 17, 63, 64, 65, 200, 511, 512, 513, 1100)]
 
-GQA = AttentionShape(8, 2, 16, PAGE, "float32", 0.25, -1)
-SHAPES = {
-    "gqa": GQA,
-    "gqa float16": dataclasses.replace(GQA, kv_dtype="float16"),
-    "mha": AttentionShape(4, 4, 8, PAGE, "float32", 0.3, -1),
-    "odd sizes": AttentionShape(3, 1, 20, PAGE, "float16", 0.2, -1),
-    "two lanes": AttentionShape(5, 1, 6, PAGE, "float32", 0.4, -1),
-    "group larger than a tile": AttentionShape(20, 1, 8, PAGE, "float32", 0.3, -1),
-    "window": dataclasses.replace(GQA, window=8),
-    "window longer than a block": dataclasses.replace(GQA, window=70),
-    "window and sinks": dataclasses.replace(GQA, window=8, sinks=4),
-    "sinks over blocks": dataclasses.replace(GQA, window=3, sinks=67),
-    "soft cap": dataclasses.replace(GQA, soft_cap=1.5),
-    "int8": dataclasses.replace(GQA, kv_dtype="int8"),
-    "int8, odd sizes": AttentionShape(3, 1, 20, PAGE, "int8", 0.2, -1),
-}
+@pytest.fixture(scope="module", params=SHAPES)
+def compiled(request, build):
+    """A shape and its kernel."""
+    shape = SHAPES[request.param]
+    return shape, build(paged_attention(shape))
 
 
-class Step:
-    """Random inputs of one step over sequences whose pages lie in any order."""
-
-    def __init__(self, rng, shape, work):
-        self.shape, self.work = shape, work
-        kv_dtype = numpy_dtype(shape.kv_dtype)
-        counts = [-(-context // PAGE) for context, _ in work]
-        order = iter(rng.permutation(sum(counts) + 3).tolist())
-        self.page_table = np.full((len(work), max(counts) + 1), 0, np.int32)
-        # Slots that hold no token may hold anything, even this.
-        kv = np.full((sum(counts) + 3, 2, shape.num_kv_heads, PAGE * shape.head_dim), np.nan)
-        self.keys, self.values = [], []
-        self.scales = np.full((sum(counts) + 3, 2, shape.num_kv_heads, PAGE), np.nan, np.float32)
-        for row, (context, _) in enumerate(work):
-            size = (2, context, shape.num_kv_heads, shape.head_dim)
-            if shape.is_int8:
-                keys, values = rng.integers(-127, 128, size).astype(np.float64)
-                factors = rng.uniform(0.005, 0.02, (*size[:3], 1)).astype(np.float32)
-            else:
-                keys, values = rng.standard_normal(size).astype(kv_dtype)
-                factors = np.ones((*size[:3], 1), np.float32)
-            self.keys.append(keys.astype(np.float64) * factors[0])
-            self.values.append(values.astype(np.float64) * factors[1])
-            for place in range(counts[row]):
-                page = self.page_table[row, place] = next(order)
-                part = slice(place * PAGE, min((place + 1) * PAGE, context))
-                length = part.stop - part.start
-                k = kv[page, 0].reshape(shape.num_kv_heads, shape.head_dim, PAGE)
-                v = kv[page, 1].reshape(shape.num_kv_heads, PAGE, shape.head_dim)
-                k[:, :, :length] = keys[part].transpose(1, 2, 0)
-                v[:, :length] = values[part].transpose(1, 0, 2)
-                self.scales[page, :, :, :length] = factors[:, part, :, 0].transpose(0, 2, 1)
-        self.pages = int8_pages(kv, self.scales) if shape.is_int8 else kv.astype(kv_dtype)
-        new = [count for _, count in work]
-        self.query_start = np.cumsum([0, *new]).astype(np.int32)
-        self.context_len = np.asarray([context for context, _ in work], np.int32)
-        self.positions = np.concatenate(
-            [np.arange(context - count, context) for context, count in work]
-        ).astype(np.int32)
-        n = sum(new)
-        self.q = (2 * rng.standard_normal((n, shape.num_heads, shape.head_dim))).astype(np.float32)
-
-    def run(self, kernel):
-        inputs = (
-            self.q,
-            self.pages,
-            self.query_start,
-            self.page_table,
-            self.context_len,
-            self.positions,
-        )
-        n, heads, head_dim = self.q.shape
-        return kernel(*inputs, shape=(n, heads * head_dim)).reshape(n, heads, head_dim)
-
-    def expected(self):
-        out = np.empty(self.q.shape)
-        for row, (context, count) in enumerate(self.work):
-            first = self.query_start[row]
-            for token in range(first, first + count):
-                sees = visible(self.shape, np.arange(context), self.positions[token])
-                out[token] = self.attend(self.q[token], row, sees)
-        return out
-
-    def attend(self, q, row, sees):
-        group = self.shape.group
-        keys = np.repeat(self.keys[row][sees], group, axis=1)
-        values = np.repeat(self.values[row][sees], group, axis=1)
-        scores = np.einsum("hd,khd->hk", q.astype(np.float64), keys) * self.shape.scale
-        if self.shape.soft_cap:
-            scores = self.shape.soft_cap * np.tanh(scores / self.shape.soft_cap)
-        weights = np.exp(scores - scores.max(axis=1, keepdims=True))
-        weights /= weights.sum(axis=1, keepdims=True)
-        return np.einsum("hk,khd->hd", weights, values)
-
-
-def int8_pages(codes, scales):
-    """Return pages as the int8 cache stores them: codes, then the bytes of the scales."""
-    stored = np.nan_to_num(codes, nan=99).astype(np.int8)
-    return np.concatenate([stored, scales.view(np.int8)], axis=-1)
-
-
-def visible(shape, keys, position):
-    mask = keys <= position
-    if shape.window > 0:
-        mask &= (keys > position - shape.window) | (keys < shape.sinks)
-    return mask
-
-
-@pytest.mark.parametrize("name", SHAPES)
-def test_equals_dense_attention(build, rng, name):
-    shape = SHAPES[name]
-    kernel = build(paged_attention(shape))
+def test_equals_dense_attention(compiled, rng):
+    shape, kernel = compiled
     for work in (RAGGED, DECODE, [(1, 1)], [(150, 150)]):
-        step = Step(rng, shape, work)
-        np.testing.assert_allclose(step.run(kernel), step.expected(), rtol=1e-4, atol=3e-6)
+        check_against_dense(kernel, rng, shape, work)
 
 
-def test_a_token_does_not_depend_on_its_step(build, rng):
-    kernel = build(paged_attention(GQA))
-    step = Step(rng, GQA, [(150, 150)])
-    together = step.run(kernel)
-    for position in (0, 15, 16, 63, 64, 149):
-        step.query_start = np.asarray([0, 1], np.int32)
-        step.context_len = np.asarray([position + 1], np.int32)
-        step.positions = np.asarray([position], np.int32)
-        whole, step.q = step.q, step.q[position : position + 1]
-        np.testing.assert_allclose(step.run(kernel)[0], together[position], rtol=1e-6, atol=1e-7)
-        step.q = whole
+def test_a_token_does_not_depend_on_its_step(compiled, rng):
+    shape, kernel = compiled
+    check_independence(kernel, rng, shape)
+
+
+@pytest.mark.parametrize("device", runnable_devices())
+def test_instruction_sets(build_for, rng, device):
+    for name in ("gqa float16", "int8, odd sizes", "few registers"):
+        kernel = build_for(device)(paged_attention(SHAPES[name]))
+        check_against_dense(kernel, rng, SHAPES[name], RAGGED)
+        check_independence(kernel, rng, SHAPES[name])

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from int8_cases import runnable_devices
 
 from mlc_llm.artifact import numpy_dtype
 from mlc_llm.kernels.cpu import group_linear, linear
@@ -64,6 +65,18 @@ def test_bias(build, rng, bias_dtype):
         found = kernel(x, *weight.packed, bias, shape=(n, 37))
         expected = x.astype(np.float64) @ weight.value.astype(np.float64).T + bias.astype(float)
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=5e-5)
+
+
+@pytest.mark.parametrize("device", runnable_devices())
+@pytest.mark.parametrize("rows", [linear.ROWS, linear.FEW_ROWS])
+def test_a_row_does_not_depend_on_its_batch(build, build_for, rng, rows, device):
+    weight = Quantized(rng, build, "q3f16_1", 37, 75)
+    kernel = build_for(device)(group_linear.matmul(37, 75, weight.form, None, rows))
+    x = rng.standard_normal((11, 75)).astype(np.float32)
+    together = kernel(x, *weight.packed, shape=(11, 37))
+    for n in range(1, 9):
+        found = kernel(x[3 : 3 + n], *weight.packed, shape=(n, 37))
+        np.testing.assert_array_equal(found, together[3 : 3 + n])
 
 
 def test_both_layouts_pack_to_the_same(build, rng):

@@ -41,7 +41,9 @@ def test_quantization_is_exact(emulators, rng, device, bits):
 def test_products_are_exact(emulators, rng, device, bits):
     bias_dtype = "float16" if bits == "4 bits" else None
     layer = Layer(rng, 100, 172, FORMS[bits], bias_dtype)
-    check_product(emulators[device].build, rng, layer, isa_of(device), [1, 2, 3, 4, 7, 16, 17, 37])
+    check_product(
+        emulators[device].build, rng, layer, isa_of(device), [1, 2, 3, 4, 7, 16, 17, 37, 41, 45]
+    )
 
 
 @pytest.mark.parametrize("device", ARM_DEVICES)

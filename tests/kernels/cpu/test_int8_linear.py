@@ -59,7 +59,7 @@ def test_sizes_and_biases(build, rng, out_features, in_features, bits, bias_dtyp
 @pytest.mark.parametrize("scale_dtype", ["float32", "bfloat16"])
 def test_dtypes_of_scales(build, rng, scale_dtype):
     layer = Layer(rng, 37, 75, GroupFormat(4, 32, scale_dtype, False))
-    check_product(build, rng, layer, BEST, [1, 5, 17])
+    check_product(build, rng, layer, BEST, [1, 5, 17, 41])
 
 
 @pytest.mark.cpu

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from int8_cases import runnable_devices
 
 from mlc_llm.artifact import numpy_dtype
 from mlc_llm.kernels.cpu import linear
@@ -53,14 +54,16 @@ def test_matmul(build, rng, out_features, in_features, has_bias, dtype):
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=2e-5)
 
 
-def test_a_row_does_not_depend_on_its_batch(build, rng):
-    kernel = build(linear.matmul(37, 75, "float16", False))
-    packed = pack(make_weight(rng, 37, 75, "float16"))
+@pytest.mark.parametrize("device", runnable_devices())
+@pytest.mark.parametrize("rows", [linear.ROWS, linear.FEW_ROWS])
+def test_a_row_does_not_depend_on_its_batch(build_for, rng, rows, device):
+    kernel = build_for(device)(linear.matmul(37, 75, "float16", True, rows))
+    weights = [pack(make_weight(rng, 37, 75, "float16")), make_weight(rng, 1, 37, "float16")[0]]
     x = rng.standard_normal((11, 75)).astype(np.float32)
-    together = kernel(x, packed, shape=(11, 37))
-    for row in range(11):
-        alone = kernel(x[row : row + 1], packed, shape=(1, 37))
-        np.testing.assert_allclose(alone[0], together[row], rtol=1e-6, atol=1e-6)
+    together = kernel(x, *weights, shape=(11, 37))
+    for n in range(1, 9):
+        found = kernel(x[3 : 3 + n], *weights, shape=(n, 37))
+        np.testing.assert_array_equal(found, together[3 : 3 + n])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])

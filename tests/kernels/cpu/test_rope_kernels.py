@@ -5,7 +5,7 @@ import pytest
 
 from mlc_llm.artifact import numpy_dtype
 from mlc_llm.kernels.cpu import rope
-from mlc_llm.kernels.cpu.attention_block import AttentionShape
+from mlc_llm.kernels.cpu.attention_pages import AttentionShape
 from mlc_llm.runtime.memory import aligned_zeros
 
 pytestmark = pytest.mark.cpu

@@ -1,0 +1,215 @@
+"""How much an engine can take on: pages, sequences and step sizes from mode, model and free memory.
+
+Arithmetic only; it measures and allocates nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mlc_llm.artifact import KVCacheLayout, LibraryMetadata
+from mlc_llm.engine.config import DEFAULT_MEMORY_UTILIZATION, EngineConfig, Mode
+from mlc_llm.errors import DeviceError, OptionError
+
+# What `local` is content with, however much memory there is.
+_LOCAL_MAX_SEQUENCES = 4
+_LOCAL_MAX_TOKENS = 8192
+# An engine whose cache holds fewer tokens is of no use, unless more were never asked for.
+_MIN_TOKENS = 256
+# A row of logits, float32: what the library returns, its rows in another order, sampling weights.
+_BYTES_PER_LOGIT = 12
+_KIB, _MIB, _GIB = 1 << 10, 1 << 20, 1 << 30
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What an engine will have, and where the memory goes; prints as a short table.
+
+    max_idle_pages: pages that may be kept for later prompts while nobody uses them.
+    """
+
+    num_pages: int
+    max_num_sequence: int
+    max_single_sequence_length: int
+    max_total_sequence_length: int
+    prefill_chunk_size: int
+    max_idle_pages: int
+    weights_bytes: int
+    workspace_bytes: int
+    kv_bytes: int
+    free_bytes: int
+    utilization: float
+    mode: Mode
+    kv_layout: KVCacheLayout
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of everything together."""
+        return self.weights_bytes + self.workspace_bytes + self.kv_bytes
+
+    @property
+    def usable_bytes(self) -> int:
+        """Bytes that may be used of those that are free."""
+        return int(self.free_bytes * self.utilization)
+
+    def __str__(self) -> str:
+        layout = self.kv_layout
+        rows = [
+            ("weights", self.weights_bytes, ""),
+            ("workspace", self.workspace_bytes, ""),
+            (
+                "KV cache",
+                self.kv_bytes,
+                f"{self.max_total_sequence_length:,} tokens of {layout.bytes_per_token:,} bytes "
+                f"({layout.dtype})",
+            ),
+            ("together", self.total_bytes, f"may use {_size(self.usable_bytes)},"),
+        ]
+        lines = [f"  {name:<9} {_size(value):>9}  {note}".rstrip() for name, value, note in rows]
+        return "\n".join(
+            [
+                f"memory plan ({self.mode}):",
+                *lines[:-1],
+                f"{lines[-1]} {self.utilization:.0%} of the {_size(self.free_bytes)} that are free",
+                f"  at once   {self.max_num_sequence:>9}  sequences of up to "
+                f"{self.max_single_sequence_length:,} tokens; up to {self.prefill_chunk_size:,} "
+                "prompt tokens a step",
+            ]
+        )
+
+
+def plan_memory(
+    metadata: LibraryMetadata, config: EngineConfig, weights_bytes: int, free_bytes: int
+) -> MemoryPlan:
+    """Divide the memory that is free before the weights are loaded.
+
+    What the library was compiled for are upper limits. Raises OptionError where `config` asks for
+    more than those, DeviceError where memory does not suffice.
+    """
+    mode: Mode = config.mode or "local"
+    layout = metadata.kv_cache
+    num_sequences = _num_sequences(mode, config, metadata)
+    max_single = config.max_single_sequence_length or metadata.context_window_size
+    chunk = config.prefill_chunk_size or metadata.prefill_chunk_size
+    _require("max_single_sequence_length", max_single, "context_window_size", metadata)
+    _require("prefill_chunk_size", chunk, "prefill_chunk_size", metadata)
+
+    workspace = _workspace_bytes(metadata, num_sequences)
+    utilization = config.gpu_memory_utilization or DEFAULT_MEMORY_UTILIZATION
+    usable = int(free_bytes * utilization)
+    page_bytes = layout.page_size * layout.bytes_per_token
+    capacity = max(usable - weights_bytes - workspace, 0) // page_bytes * layout.page_size
+    total = _total_tokens(mode, config, capacity, max_single, num_sequences)
+    num_pages = -(-total // layout.page_size)
+    max_single = min(max_single, num_pages * layout.page_size)
+    if config.prefill_chunk_size is None and mode != "server":
+        chunk = min(chunk, max_single)
+    plan = MemoryPlan(
+        num_pages=num_pages,
+        max_num_sequence=num_sequences,
+        max_single_sequence_length=max_single,
+        max_total_sequence_length=num_pages * layout.page_size,
+        prefill_chunk_size=chunk,
+        max_idle_pages=_idle_pages(config, num_sequences, max_single, num_pages, layout.page_size),
+        weights_bytes=weights_bytes,
+        workspace_bytes=workspace,
+        kv_bytes=num_pages * page_bytes,
+        free_bytes=free_bytes,
+        utilization=utilization,
+        mode=mode,
+        kv_layout=layout,
+    )
+    if plan.max_total_sequence_length > capacity:
+        raise DeviceError(_explain_shortage(plan, capacity))
+    return plan
+
+
+def _require(name: str, value: int, compiled_name: str, metadata: LibraryMetadata) -> None:
+    compiled = getattr(metadata, compiled_name)
+    if value > compiled:
+        raise OptionError(
+            f"{name}={value} is more than the library was compiled for "
+            f"({compiled_name}={compiled}); ask for less, or compile it again with "
+            f'--overrides "{compiled_name}={value}"'
+        )
+
+
+def _num_sequences(mode: Mode, config: EngineConfig, metadata: LibraryMetadata) -> int:
+    if config.max_num_sequence is not None:
+        _require("max_num_sequence", config.max_num_sequence, "max_batch_size", metadata)
+        return config.max_num_sequence
+    if mode == "interactive":
+        return 1
+    most = metadata.max_batch_size
+    return min(_LOCAL_MAX_SEQUENCES, most) if mode == "local" else most
+
+
+def _workspace_bytes(metadata: LibraryMetadata, num_sequences: int) -> int:
+    """Return what a step takes beside weights and pages: temporary tensors and logits."""
+    steps = [size for name, size in metadata.memory_usage.items() if name != "pack_params"]
+    return max(steps, default=0) + num_sequences * metadata.vocab_size * _BYTES_PER_LOGIT
+
+
+def _total_tokens(
+    mode: Mode, config: EngineConfig, capacity: int, max_single: int, num_sequences: int
+) -> int:
+    """Return how many tokens the cache is to hold; more than `capacity` if less is of no use."""
+    if config.max_total_sequence_length is not None:
+        return config.max_total_sequence_length
+    if mode == "server":
+        wanted = num_sequences * max_single
+    elif mode == "local" and config.max_single_sequence_length is None:
+        wanted = min(max_single, _LOCAL_MAX_TOKENS)
+    else:
+        wanted = max_single
+    return max(min(wanted, capacity), config.max_single_sequence_length or min(wanted, _MIN_TOKENS))
+
+
+def _idle_pages(
+    config: EngineConfig, num_sequences: int, max_single: int, num_pages: int, page_size: int
+) -> int:
+    """Return how many pages may be kept for later prompts.
+
+    Pages of different sequences are shared, so a number of sequences stands for the pages that so
+    many of the greatest length have.
+    """
+    count = config.prefix_cache_max_num_recycling_seqs
+    if count is None:
+        count = num_sequences
+    return num_pages if count == -1 else min(num_pages, count * -(-max_single // page_size))
+
+
+def _explain_shortage(plan: MemoryPlan, capacity: int) -> str:
+    """Say what is short by how much, and three ways out; `capacity` tokens would fit."""
+    lacking = plan.total_bytes - plan.usable_bytes
+    to_free = f"free {_size(lacking / plan.utilization)} more by closing other programs"
+    if plan.total_bytes < 0.98 * plan.free_bytes:
+        needed = -(-100 * plan.total_bytes // plan.free_bytes) / 100
+        to_free += f", or allow more of it with gpu_memory_utilization={needed:.2f}"
+    if capacity >= _MIN_TOKENS:
+        less = f"ask for a cache of at most {capacity:,} tokens (max_total_seq_length={capacity})"
+        less += ", or lower context_window_size to that"
+    else:
+        less = "ask for less: max_num_sequence=1, a smaller context_window_size"
+    if plan.kv_layout.dtype != "int8":
+        less += " or kv_cache_dtype=int8"
+    weights_limit = plan.weights_bytes - lacking
+    smaller = (
+        f"take a smaller model or a quantization of fewer bits: weights of {_size(weights_limit)}"
+        if weights_limit > plan.weights_bytes / 4
+        else "take a smaller model"
+    )
+    return (
+        f"memory is short by {_size(lacking)}: weights {_size(plan.weights_bytes)}, workspace "
+        f"{_size(plan.workspace_bytes)} and a KV cache of {plan.max_total_sequence_length:,} "
+        f"tokens {_size(plan.kv_bytes)} need {_size(plan.total_bytes)}, of {_size(plan.free_bytes)}"
+        f" free {_size(plan.usable_bytes)} may be used. (1) {to_free}; (2) {less}; (3) {smaller}"
+    )
+
+
+def _size(size_bytes: float) -> str:
+    if size_bytes >= _GIB:
+        return f"{size_bytes / _GIB:.1f} GiB"
+    return (
+        f"{size_bytes / _MIB:.1f} MiB" if size_bytes < 10 * _MIB else f"{size_bytes / _MIB:.0f} MiB"
+    )

@@ -1,0 +1,145 @@
+"""Opens an artifact and its library: checks that they belong together, plans memory, loads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlc_llm.artifact import ChatConfig, LibraryMetadata, read_chat_config
+from mlc_llm.device import free_memory_bytes, parse_device
+from mlc_llm.engine.capacity import MemoryPlan, plan_memory
+from mlc_llm.engine.config import EngineConfig
+from mlc_llm.engine.engine import Engine
+from mlc_llm.errors import LibraryMismatch, OptionError
+from mlc_llm.runtime.library import load_library
+from mlc_llm.text.prompt import PromptBuilder, load_template
+from mlc_llm.text.tokenizer import Tokenizer
+
+# Settings that are part of the library; a session only checks them.
+_COMPILED = (
+    "context_window_size",
+    "sliding_window_size",
+    "prefill_chunk_size",
+    "attention_sink_size",
+    "max_batch_size",
+)
+# Numbers of the model that are part of the library's code.
+_SHAPE = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "rms_norm_eps",
+    "position_embedding_base",
+    "rope_scaling",
+)
+
+
+@dataclass
+class OpenModel:
+    """A model ready to serve: how its prompts are made, and the engine that continues them."""
+
+    config: ChatConfig
+    tokenizer: Tokenizer
+    prompts: PromptBuilder
+    engine: Engine
+    plan: MemoryPlan
+
+    def close(self) -> None:
+        """Free the model and end helper processes."""
+        self.prompts.close()
+        self.engine.close()
+
+
+def open_model(
+    artifact: Path,
+    library: Path,
+    engine_config: EngineConfig,
+    *,
+    device: str = "auto",
+    overrides: Mapping[str, Any] | None = None,
+    progress: Callable[[str], None] = lambda _: None,
+) -> OpenModel:
+    """Load an artifact and its library for an engine of some capacity.
+
+    `overrides` are the settings the library is expected to have been compiled with. Raises the
+    errors of the artifact, the library and the device, and OptionError.
+    """
+    from mlc_llm.runtime.model import CompiledRunner
+    from mlc_llm.runtime.parameters import load_parameters
+
+    parse_device(device)
+    config = read_chat_config(artifact)
+    template = load_template(artifact, config)
+    if template is not None:
+        template.start()  # ready when the tokenizer is
+    tokenizer = Tokenizer.load(artifact)
+    prompts = PromptBuilder.load(artifact, config, tokenizer, template)
+    loaded = load_library(library)
+    metadata = loaded.metadata
+    check_library(metadata, config, overrides or {}, str(library))
+    free_bytes = free_memory_bytes()
+    parameters = load_parameters(artifact, loaded, progress)
+    weights_bytes = sum(array.nbytes for array in parameters)
+    plan = plan_memory(metadata, engine_config, weights_bytes, free_bytes)
+    runner = CompiledRunner(loaded, parameters, plan.num_pages)
+    engine = Engine(
+        runner,
+        max_num_sequence=plan.max_num_sequence,
+        max_sequence_len=plan.max_single_sequence_length,
+        max_step_tokens=plan.prefill_chunk_size,
+        max_idle_pages=plan.max_idle_pages,
+        has_prefix_cache=engine_config.prefix_cache_mode == "radix",
+        mixes_prompts=engine_config.prefill_mode == "hybrid",
+        active_vocab_size=config.active_vocab_size,
+    )
+    return OpenModel(config, tokenizer, prompts, engine, plan)
+
+
+def check_library(
+    metadata: LibraryMetadata,
+    config: ChatConfig,
+    overrides: Mapping[str, Any],
+    where: str,
+    task: str = "chat",
+) -> None:
+    """Raise LibraryMismatch unless a library was compiled for this model, settings and task."""
+    if metadata.model_task != task:
+        raise LibraryMismatch(
+            f"{where} was compiled for the task {metadata.model_task}, not for {task}; compile it "
+            f"again with `mlc_llm compile --overrides model_task={task}`"
+        )
+    for name in ("model_type", "quantization"):
+        wanted, found = getattr(config, name), getattr(metadata, name)
+        if wanted != found:
+            raise LibraryMismatch(
+                f"{where} was compiled for {name} {found}, the model has {wanted}; "
+                "compile it again with `mlc_llm compile`"
+            )
+    for name in _SHAPE:
+        wanted, found = config.model_config.get(name), metadata.model_config.get(name)
+        # Artifacts leave out, or set to zero, what follows from other numbers.
+        is_given = name in config.model_config and name in metadata.model_config
+        if is_given and wanted != found and (wanted or name == "rope_scaling"):
+            raise LibraryMismatch(
+                f"{where} was compiled for another model: its {name} is {found}, this model's is "
+                f"{wanted}; compile it again with `mlc_llm compile`"
+            )
+    for name, value in overrides.items():
+        if name == "kv_cache_dtype":
+            found = metadata.kv_cache.dtype if value != "auto" else value
+        elif name in _COMPILED:
+            found = getattr(metadata, name)
+        else:
+            known = ", ".join((*_COMPILED, "kv_cache_dtype"))
+            raise OptionError(f"override {name!r} is not known; known: {known}")
+        if found != value:
+            raise OptionError(
+                f"{where} was compiled with {name}={found}, the override says {value}; "
+                "compile it again with the same --overrides"
+            )

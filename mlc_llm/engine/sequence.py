@@ -1,0 +1,71 @@
+"""A sequence: one of a request's n continuations, its tokens and where their K and V are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from mlc_llm.engine.metrics import RequestStats
+from mlc_llm.engine.prefix_cache import PrefixNode
+from mlc_llm.engine.request import Request, TokenLogprobs
+from mlc_llm.engine.sampler import SequenceSampler
+
+
+@dataclass(eq=False)
+class RequestState:
+    """A request under way.
+
+    forks: sequences that begin when the prompt has been computed once. prompt_logprobs grows while
+    it is.
+    """
+
+    request: Request
+    arrival: int
+    stats: RequestStats
+    sequences: list[Sequence] = field(default_factory=list)
+    forks: list[Sequence] = field(default_factory=list)
+    num_unfinished: int = 0
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+
+
+@dataclass(eq=False)
+class Sequence:
+    """Tokens, prompt first, of which `num_computed` have K and V in `pages`.
+
+    tokens   ├── prompt ──┬── generated ──┤
+             ├── computed ──────┼─ left ──┤   left is 1 between steps of decoding
+    pages    [ p0 ][ p1 ][ p2 ] ...           page i holds tokens i * page_size ..
+
+    node is where the next whole page goes in the prefix cache, None where it is not to be kept.
+    """
+
+    state: RequestState
+    index: int
+    tokens: list[int]
+    num_prompt_tokens: int
+    sampler: SequenceSampler
+    num_computed: int = 0
+    pages: list[int] = field(default_factory=list)
+    node: PrefixNode | None = None
+    num_cached_pages: int = 0
+    is_finished: bool = False
+
+    @property
+    def num_left(self) -> int:
+        """Tokens without K and V yet."""
+        return len(self.tokens) - self.num_computed
+
+    @property
+    def num_generated(self) -> int:
+        """Tokens after the prompt."""
+        return len(self.tokens) - self.num_prompt_tokens
+
+    @property
+    def order(self) -> tuple[int, int, int]:
+        """What decides who is served first; no two are equal."""
+        return (self.state.request.priority, self.state.arrival, self.index)
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Return whether logits at prompt tokens are still to be read."""
+        known = self.state.prompt_logprobs
+        return self.index == 0 and known is not None and len(known) < self.num_prompt_tokens

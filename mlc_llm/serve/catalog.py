@@ -1,0 +1,75 @@
+"""The models that one server serves, by the names that requests give them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pydantic import BaseModel
+
+from mlc_llm.engine.embedding import EmbeddingModel
+from mlc_llm.errors import UnknownModel
+from mlc_llm.serve.model import ServedModel
+
+
+class ModelCard(BaseModel):
+    """A model that is served."""
+
+    id: str
+    object: str = "model"
+    created: int
+    owned_by: str = "mlc_llm"
+    max_model_len: int
+
+
+class ModelList(BaseModel):
+    """The models that are served."""
+
+    object: str = "list"
+    data: list[ModelCard]
+
+
+@dataclass(frozen=True)
+class ServedModels:
+    """What one server serves."""
+
+    chat: ServedModel
+    embedding: EmbeddingModel | None = None
+
+    def find_chat(self, name: str | None) -> ServedModel:
+        """Return the model for chats and completions. Raises UnknownModel for another name."""
+        if name in (None, self.chat.name):
+            return self.chat
+        raise self._unknown(name)
+
+    def find_embedding(self, name: str | None) -> EmbeddingModel:
+        """Return the embedding model. Raises UnknownModel where there is none of that name."""
+        if self.embedding is None:
+            raise UnknownModel(
+                "this server has no model for embeddings; start it with --embedding-model"
+            )
+        if name in (None, self.embedding.name):
+            return self.embedding
+        raise self._unknown(name)
+
+    def cards(self) -> list[ModelCard]:
+        """Return what is told of each model."""
+        chat = self.chat
+        cards = [ModelCard(id=chat.name, created=chat.created, max_model_len=chat.max_sequence_len)]
+        if self.embedding is not None:
+            length = self.embedding.max_input_len
+            cards.append(
+                ModelCard(id=self.embedding.name, created=chat.created, max_model_len=length)
+            )
+        return cards
+
+    def card(self, name: str) -> ModelCard:
+        """Return what is told of one model. Raises UnknownModel."""
+        for card in self.cards():
+            if card.id == name:
+                return card
+        raise self._unknown(name)
+
+    def _unknown(self, name: str | None) -> UnknownModel:
+        return UnknownModel(
+            f"the model {name!r:.200} is not served here; GET v1/models lists those that are"
+        )

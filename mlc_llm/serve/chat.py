@@ -1,0 +1,162 @@
+"""Chat completions without HTTP: messages in, an answer or its chunks out."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from mlc_llm.serve.generation import (
+    EndReason,
+    Generation,
+    Piece,
+    PlacedToken,
+    sampling_params,
+    start_generation,
+)
+from mlc_llm.serve.logprobs import chat_logprobs
+from mlc_llm.serve.model import ServedModel
+from mlc_llm.serve.protocol.chat import (
+    AnswerMessage,
+    ChatChoice,
+    ChatCompletion,
+    ChatCompletionChunk,
+    ChatCompletionRequest,
+    ChatLogprobs,
+    ChoiceDelta,
+    ChunkChoice,
+)
+from mlc_llm.serve.protocol.messages import template_messages
+from mlc_llm.serve.protocol.usage import Usage
+
+_ID_PREFIX = "chatcmpl-"
+
+
+async def chat(
+    model: ServedModel, request: ChatCompletionRequest, request_id: str
+) -> ChatCompletion:
+    """Answer a conversation.
+
+    The engine knows the request by `request_id`, or by the one the request itself names. Raises
+    RequestError and its kinds, OptionError or TemplateError; cancelling it aborts the request.
+    """
+    generation = await _start(model, request, request_id)
+    count = request.num_choices
+    texts: list[list[str]] = [[] for _ in range(count)]
+    tokens: list[list[PlacedToken]] = [[] for _ in range(count)]
+    reasons: list[EndReason] = ["stop"] * count
+    async with aclosing(generation.pieces()) as arriving:
+        async for pieces in arriving:
+            for piece in pieces:
+                texts[piece.index].append(piece.text)
+                tokens[piece.index] += piece.tokens
+                if piece.finish_reason is not None:
+                    reasons[piece.index] = piece.finish_reason
+    return ChatCompletion(
+        **_head(model, request, request_id),
+        choices=[
+            ChatChoice(
+                index=index,
+                message=AnswerMessage(content="".join(texts[index])),
+                logprobs=_logprobs(model, request, tokens[index]),
+                finish_reason=reasons[index],
+            )
+            for index in range(count)
+        ],
+        usage=_usage(generation),
+    )
+
+
+async def chat_stream(
+    model: ServedModel, request: ChatCompletionRequest, request_id: str
+) -> AsyncGenerator[ChatCompletionChunk, None]:
+    """Return the chunks of an answer, once the request is admitted.
+
+    Raises as `chat` does; errors that come later are raised by the chunks. The first chunk comes
+    with the first tokens. Leaving the chunks, or dropping them, aborts the request.
+    """
+    generation = await _start(model, request, request_id)
+    return _chunks(model, request, request_id, generation)
+
+
+async def _chunks(
+    model: ServedModel, request: ChatCompletionRequest, request_id: str, generation: Generation
+) -> AsyncGenerator[ChatCompletionChunk, None]:
+    head = _head(model, request, request_id)
+    if request.includes_usage:
+        head["usage"] = None  # on all chunks but the last
+    greeted: set[int] = set()
+    async with aclosing(generation.pieces()) as arriving:
+        async for pieces in arriving:
+            for piece in pieces:
+                is_first = piece.index not in greeted
+                greeted.add(piece.index)
+                for choice in _read_piece(model, request, piece, is_first):
+                    yield ChatCompletionChunk(**head, choices=[choice])
+    if request.includes_usage:
+        yield ChatCompletionChunk(**{**head, "usage": _usage(generation)}, choices=[])
+
+
+def _read_piece(
+    model: ServedModel, request: ChatCompletionRequest, piece: Piece, is_first: bool
+) -> list[ChunkChoice]:
+    index = piece.index
+    choices = []
+    if is_first:
+        delta = ChoiceDelta(role="assistant", content="", refusal=None)
+        choices.append(ChunkChoice(index=index, delta=delta))
+    if piece.text or piece.tokens:
+        delta = ChoiceDelta(content=piece.text)
+        logprobs = _logprobs(model, request, piece.tokens)
+        choices.append(ChunkChoice(index=index, delta=delta, logprobs=logprobs))
+    if piece.finish_reason is not None:
+        end = ChunkChoice(index=index, delta=ChoiceDelta(), finish_reason=piece.finish_reason)
+        choices.append(end)
+    return choices
+
+
+async def _start(model: ServedModel, request: ChatCompletionRequest, request_id: str) -> Generation:
+    params = sampling_params(model, request, request.max_new_tokens, request.num_logprobs)
+    # Templates run in another process and long texts take time: neither holds up the event loop.
+    prompt = await asyncio.to_thread(_prompt_of, model, request)
+    engine_id = request.request_id or request_id
+    return await start_generation(model, request, engine_id, prompt, params, n=request.num_choices)
+
+
+def _prompt_of(model: ServedModel, request: ChatCompletionRequest) -> list[int]:
+    return model.prompts.token_ids(
+        template_messages(request.messages),
+        variables=request.chat_template_kwargs,
+        add_generation_prompt=request.add_generation_prompt is not False,
+        continue_final_message=bool(request.continue_final_message),
+    )
+
+
+def _head(model: ServedModel, request: ChatCompletionRequest, request_id: str) -> dict[str, Any]:
+    """Return what all chunks of an answer have in common."""
+    answer_id = request.request_id or request_id
+    head: dict[str, Any] = {
+        "id": answer_id if answer_id.startswith(_ID_PREFIX) else _ID_PREFIX + answer_id,
+        "created": int(time.time()),
+        "model": model.name,
+        "system_fingerprint": model.fingerprint,
+    }
+    if request.service_tier is not None:
+        head["service_tier"] = "default"
+    return head
+
+
+def _logprobs(
+    model: ServedModel, request: ChatCompletionRequest, tokens: list[PlacedToken]
+) -> ChatLogprobs | None:
+    return chat_logprobs(tokens, model.token_bytes) if request.logprobs else None
+
+
+def _usage(generation: Generation) -> Usage:
+    return Usage.count(
+        generation.num_prompt_tokens,
+        generation.num_completion_tokens,
+        generation.num_cached_tokens,
+    )

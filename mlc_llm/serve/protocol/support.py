@@ -1,0 +1,125 @@
+"""Which fields of a request are known but not honoured: refused by name, or without effect.
+
+The one place for this: a field that comes to be supported leaves these tables.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field, create_model, model_validator
+
+from mlc_llm.errors import RequestError
+from mlc_llm.serve.protocol.base import RequestBody
+
+_MAX_NAME_LEN = 80
+# Any value is taken, since the answer is the same with it as without.
+_WITHOUT_EFFECT: Mapping[str, str] = {
+    # OpenAI's: accounts, caches and keeping of answers are not this server's affair.
+    "user": "there are no accounts",
+    "metadata": "answers are not stored",
+    "safety_identifier": "there are no accounts",
+    "prompt_cache_key": "equal beginnings of prompts are found without it; see cache_salt",
+    "prompt_cache_options": "the prefix cache keeps what was used last",
+    "prompt_cache_retention": "the prefix cache keeps what was used last",
+    "parallel_tool_calls": "there are no tool calls",
+    # Other servers': where the model and its cache stay, what is told beside the answer.
+    "keep_alive": "the model stays loaded",
+    "cache_prompt": "the prefix cache changes no answer",
+    "id_slot": "sequences have no fixed places",
+    "timings_per_token": "times are in /metrics",
+}
+_TEXT_ONLY = "this release answers with free text only"
+_NO_TOOLS = "this release does not call tools"
+_NO_BEAMS = "answers are sampled one by one; for the likeliest tokens use temperature 0"
+# Field -> values by which nothing is asked for (null always is one), why others are refused.
+_REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
+    "tools": (([],), _NO_TOOLS),
+    "functions": (([],), _NO_TOOLS),
+    "tool_choice": (("none", "auto"), _NO_TOOLS),
+    "function_call": (("none", "auto"), _NO_TOOLS),
+    "response_format": (({"type": "text"},), _TEXT_ONLY),
+    "modalities": ((["text"],), "answers are text only"),
+    "audio": ((), "answers are text only"),
+    "prediction": ((), "predicted outputs are not used"),
+    "web_search_options": ((), "the server does not search the web"),
+    "reasoning_effort": ((), "where the model's template knows it, use chat_template_kwargs"),
+    "verbosity": (("medium",), "say in the messages how long the answer should be"),
+    "moderation": ((), "there is no moderation model"),
+    "store": ((False,), "the server stores no answers"),
+    "truncate_prompt_tokens": ((), "shorten the prompt"),
+    "structured_outputs": ((), _TEXT_ONLY),
+    "guided_json": ((), _TEXT_ONLY),
+    "guided_regex": ((), _TEXT_ONLY),
+    "guided_choice": ((), _TEXT_ONLY),
+    "guided_grammar": ((), _TEXT_ONLY),
+    "grammar": ((), _TEXT_ONLY),
+    "json_schema": ((), _TEXT_ONLY),
+    "chat_template": ((), "templates come with the model, not with requests"),
+    "documents": (([],), "put them into the messages"),
+    "use_beam_search": ((False,), _NO_BEAMS),
+    "length_penalty": ((1, 1.0), _NO_BEAMS),
+    "early_stopping": ((False,), _NO_BEAMS),
+    "skip_special_tokens": ((True,), "special tokens are never shown"),
+    "spaces_between_special_tokens": ((True, False), "special tokens are never shown"),
+    "include_stop_str_in_output": ((False,), "stop strings are never shown"),
+    "bad_words": (([],), "use logit_bias"),
+    "prompt_logprobs": ((), "ask for completions with echo and logprobs"),
+    "typical_p": ((1, 1.0), "use top_p or min_p"),
+    "mirostat": ((0,), "use top_p or min_p"),
+    "include_reasoning": ((True,), "reasoning is part of the answer's text"),
+    "separate_reasoning": ((False,), "reasoning is part of the answer's text"),
+}
+
+
+def refuse_unsupported(values: Mapping[str, Any]) -> None:
+    """Raise RequestError for a field that would change the answer and is not supported."""
+    for name, (harmless, reason) in _REFUSED.items():
+        value = values.get(name)
+        if value is None or any(_is_same(value, other) for other in harmless):
+            continue
+        if name in ("tools", "functions") and values.get("tool_choice") == "none":
+            continue
+        raise RequestError(f"{name} is not supported with this value: {reason}", name)
+
+
+def _is_same(value: Any, other: Any) -> bool:
+    # In Python, true equals 1.
+    return type(value) is type(other) and bool(value == other)
+
+
+def _fields() -> dict[str, Any]:
+    fields = {}
+    for name, reason in _WITHOUT_EFFECT.items():
+        fields[name] = (Any, Field(None, description=f"Without effect: {reason}."))
+    for name, (harmless, reason) in _REFUSED.items():
+        taken = ", ".join(["null", *(repr(value) for value in harmless)])
+        fields[name] = (Any, Field(None, description=f"Only {taken}: {reason}."))
+    return fields
+
+
+class _Supported(RequestBody):
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_other_fields(cls, values: Any) -> Any:
+        if isinstance(values, dict):
+            for name in values:
+                if name not in cls.model_fields:
+                    raise _unknown(str(name)[:_MAX_NAME_LEN], list(cls.model_fields))
+            refuse_unsupported(values)
+        return values
+
+
+def _unknown(name: str, known: list[str]) -> RequestError:
+    close = difflib.get_close_matches(name, known, 1)
+    advice = f"did you mean {close[0]!r}?" if close else "leave it out"
+    return RequestError(f"there is no field {name!r}; {advice}", name)
+
+
+if TYPE_CHECKING:
+    KnownFields = _Supported
+else:
+    # A body with the fields of both tables, checked.
+    KnownFields = create_model("KnownFields", __base__=_Supported, **_fields())

@@ -1,0 +1,195 @@
+"""How memory is divided: exact bytes, the rules of the modes, and what is said when it is short."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+from fakes import make_metadata
+
+from mlc_llm.artifact import KVCacheLayout
+from mlc_llm.engine.capacity import MemoryPlan, plan_memory
+from mlc_llm.engine.config import EngineConfig
+from mlc_llm.errors import DeviceError, OptionError
+
+MIB, GIB = 1 << 20, 1 << 30
+LAYOUT = KVCacheLayout(
+    num_layers=4, num_key_value_heads=2, head_dim=64, page_size=16, dtype="float16"
+)
+TOKEN_BYTES = 4 * 2 * 2 * 64 * 2
+PAGE_BYTES = 16 * TOKEN_BYTES
+WEIGHTS = 100 * MIB
+WORKSPACE = 7 * MIB
+
+
+def plan(free_bytes: int = 8 * GIB, *, library: dict[str, Any] | None = None, **settings: Any):
+    """Plan for a library of 2,048 tokens and 32 sequences, in mode local unless told otherwise."""
+    values = {
+        "context_window_size": 2048,
+        "prefill_chunk_size": 512,
+        "max_batch_size": 32,
+        "vocab_size": 1000,
+        "kv_cache": LAYOUT,
+        "memory_usage": {"forward": WORKSPACE, "pack_params": 64 * GIB},
+        **(library or {}),
+    }
+    return plan_memory(make_metadata(**values), EngineConfig(**settings), WEIGHTS, free_bytes)
+
+
+def limits(found: MemoryPlan) -> tuple[int, int, int, int]:
+    return (
+        found.max_num_sequence,
+        found.max_single_sequence_length,
+        found.max_total_sequence_length,
+        found.prefill_chunk_size,
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, (4, 2048, 2048, 512)),
+        ({"mode": "local"}, (4, 2048, 2048, 512)),
+        ({"mode": "interactive"}, (1, 2048, 2048, 512)),
+        ({"mode": "server"}, (32, 2048, 32 * 2048, 512)),
+        ({"max_num_sequence": 7}, (7, 2048, 2048, 512)),
+        ({"max_total_sequence_length": 5000}, (4, 2048, 5008, 512)),
+        ({"mode": "server", "max_total_sequence_length": 300}, (32, 304, 304, 512)),
+        ({"max_single_sequence_length": 100}, (4, 100, 112, 100)),
+        ({"mode": "server", "max_single_sequence_length": 100}, (32, 100, 3200, 512)),
+        ({"prefill_chunk_size": 64}, (4, 2048, 2048, 64)),
+        ({"prefill_chunk_size": 512, "max_single_sequence_length": 100}, (4, 100, 112, 512)),
+    ],
+)
+def test_modes_and_settings(settings, expected) -> None:
+    assert limits(plan(**settings)) == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"mode": "local"}, (4, 8192, 8192, 512)),
+        ({"mode": "local", "max_single_sequence_length": 16384}, (4, 16384, 16384, 512)),
+        ({"mode": "interactive"}, (1, 32768, 32768, 512)),
+    ],
+)
+def test_local_is_modest_unless_asked(settings, expected) -> None:
+    assert limits(plan(library={"context_window_size": 32768}, **settings)) == expected
+
+
+def test_every_byte_is_counted() -> None:
+    found = plan()
+    assert found.num_pages == 128 and found.kv_bytes == 128 * PAGE_BYTES
+    assert found.weights_bytes == WEIGHTS
+    # 4 sequences, 1,000 logits, 12 bytes each; packing is over before the first step.
+    assert found.workspace_bytes == WORKSPACE + 4 * 1000 * 12
+    assert found.total_bytes == WEIGHTS + found.workspace_bytes + found.kv_bytes
+    assert found.usable_bytes == int(8 * GIB * 0.85) and found.free_bytes == 8 * GIB
+
+
+def test_int8_pages_hold_more_tokens() -> None:
+    layout = KVCacheLayout(4, 2, 64, 16, "int8")
+    free = 200 * MIB
+    plain, packed = (
+        plan(free, mode="server"),
+        plan(free, library={"kv_cache": layout}, mode="server"),
+    )
+    assert plain.kv_bytes // plain.max_total_sequence_length == TOKEN_BYTES
+    assert packed.kv_bytes // packed.max_total_sequence_length == 4 * 2 * 2 * 68
+    assert 1.8 < packed.num_pages / plain.num_pages < 1.9
+
+
+@pytest.mark.parametrize("share", [0.5, 0.85, 1.0])
+def test_a_server_fills_its_share_to_the_page(share) -> None:
+    found = plan(220 * MIB, mode="server", gpu_memory_utilization=share)
+    left = int(220 * MIB * share) - found.total_bytes
+    assert 0 <= left < PAGE_BYTES
+    assert found.max_total_sequence_length < 32 * 2048
+
+
+def test_what_others_use_makes_the_cache_smaller() -> None:
+    """It is free memory that counts: a library that no longer fits whole is cut, not refused."""
+    small = plan(130 * MIB, mode="local")
+    assert 256 <= small.max_total_sequence_length < 2048
+    assert small.max_single_sequence_length == small.max_total_sequence_length
+    assert small.prefill_chunk_size <= small.max_single_sequence_length
+    assert small.total_bytes <= small.usable_bytes
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"max_single_sequence_length": 2049}, "context_window_size=2048"),
+        ({"prefill_chunk_size": 513}, "prefill_chunk_size=512"),
+        ({"max_num_sequence": 33}, "max_batch_size=32"),
+    ],
+)
+def test_the_library_sets_limits(settings, words) -> None:
+    with pytest.raises(OptionError, match=words) as caught:
+        plan(**settings)
+    (name, value), message = next(iter(settings.items())), str(caught.value)
+    assert message.startswith(f"{name}={value} is more than the library was compiled for")
+    assert f'={value}"' in message
+
+
+def test_one_sequence_must_fit_into_the_cache() -> None:
+    with pytest.raises(OptionError, match="one sequence must fit"):
+        EngineConfig(max_total_sequence_length=100, max_single_sequence_length=101)
+
+
+@pytest.mark.parametrize("free", [0, 50 * MIB, 110 * MIB, 126 * MIB])
+@pytest.mark.parametrize("mode", ["local", "interactive", "server"])
+def test_too_little_memory(free, mode) -> None:
+    with pytest.raises(DeviceError) as caught:
+        plan(free, mode=mode)
+    message = str(caught.value)
+    assert "256 tokens" in message and "100 MiB" in message
+    assert re.search(
+        r"\(1\) free [\d.]+ MiB more .*\(2\) .*max_num_sequence=1.*\(3\) take", message
+    )
+
+
+def test_advice_is_true() -> None:
+    """Whoever follows one of the ways out gets a plan."""
+    free, wanted = 180 * MIB, {"mode": "server", "max_total_sequence_length": 30_000}
+    with pytest.raises(DeviceError) as caught:
+        plan(free, **wanted)
+    message = str(caught.value)
+    more = re.search(r"free ([\d.]+) MiB more", message)
+    assert (
+        plan(free + int((float(more[1]) + 1) * MIB), **wanted).max_total_sequence_length >= 30_000
+    )
+    share = float(re.search(r"gpu_memory_utilization=([\d.]+)", message)[1])
+    assert plan(free, **wanted, gpu_memory_utilization=share).max_total_sequence_length >= 30_000
+    tokens = int(re.search(r"max_total_seq_length=(\d+)", message)[1])
+    wanted["max_total_sequence_length"] = tokens
+    assert plan(free, **wanted).max_total_sequence_length == tokens
+    assert "kv_cache_dtype=int8" in message
+
+
+def test_a_length_that_was_asked_for_is_not_cut() -> None:
+    free = 130 * MIB
+    assert plan(free).max_single_sequence_length < 2000
+    with pytest.raises(DeviceError, match="a KV cache of 2,000 tokens"):
+        plan(free, max_single_sequence_length=2000)
+
+
+@pytest.mark.parametrize(
+    ("count", "expected"), [(None, 128), (-1, 128), (0, 0), (1, 63), (2, 126), (3, 128)]
+)
+def test_pages_kept_for_later_prompts(count, expected) -> None:
+    settings = {"max_total_sequence_length": 2048, "max_single_sequence_length": 1000}
+    found = plan(prefix_cache_max_num_recycling_seqs=count, **settings)
+    assert found.max_idle_pages == expected
+
+
+def test_the_plan_is_a_short_table() -> None:
+    assert str(plan(mode="server", max_num_sequence=4)).splitlines() == [
+        "memory plan (server):",
+        "  weights     100 MiB",
+        "  workspace   7.0 MiB",
+        "  KV cache     16 MiB  8,192 tokens of 2,048 bytes (float16)",
+        "  together    123 MiB  may use 6.8 GiB, 85% of the 8.0 GiB that are free",
+        "  at once           4  sequences of up to 2,048 tokens; up to 512 prompt tokens a step",
+    ]
