@@ -9,11 +9,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import socket
 import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -63,12 +66,23 @@ def shape_names() -> list[str]:
     return [path.stem for path in sorted(paths, key=lambda path: path.stem, reverse=True)]
 
 
+_UNITS = {
+    "first_token": "s",
+    "compile": "s",
+    "memory": "MB",
+    "latency": "s",
+    "times": "x",
+    "share": "%",
+}
+
+
 @dataclass(frozen=True)
 class Measure:
     """One thing to measure.
 
     kind: "prefill" (tokens of one prompt), "decode" (tokens for each of `batch` sequences after
     `context` tokens), "first_token" (from process start), "memory" (peak of a decode), "compile".
+    Of servers: "output" (tokens of all clients), "latency" (seconds), "times" and "share".
     """
 
     name: str
@@ -81,7 +95,7 @@ class Measure:
     @property
     def unit(self) -> str:
         """Return the unit of the figures."""
-        return {"first_token": "s", "compile": "s", "memory": "MB"}.get(self.kind, "tok/s")
+        return _UNITS.get(self.kind, "tok/s")
 
     @property
     def is_more_better(self) -> bool:
@@ -124,6 +138,31 @@ class Engine(Protocol):
 
     def measure(self, shape: Shape, measure: Measure, threads: int) -> list[float]:
         """Return the figures of all repeats, in the measure's unit. Raises EngineFailed."""
+
+
+@dataclass(frozen=True)
+class Serving:
+    """What a server is started for: how many sequences at once, of how many tokens each."""
+
+    threads: int
+    sequences: int
+    context: int
+    has_prefix_cache: bool = True
+
+
+@dataclass(frozen=True)
+class ServerCommand:
+    """How a server is started, and the environment that it gets beside ours."""
+
+    words: Sequence[str]
+    environment: Mapping[str, str]
+
+
+class ServingEngine(Engine, Protocol):
+    """An engine that also has an OpenAI server."""
+
+    def server(self, shape: Shape, serving: Serving, port: int) -> ServerCommand:
+        """Return the command that serves a shape on 127.0.0.1."""
 
 
 class Disturbance:
@@ -212,6 +251,50 @@ def run_process(
                 f"{output[-1000:]}{tail}"
             )
     return Finished(output, seconds, first_output_s or seconds, usage.ru_maxrss * 1024)
+
+
+@contextmanager
+def running_server(
+    engine: ServingEngine, shape: Shape, serving: Serving, *, timeout_s: float = 1800
+) -> Iterator[str]:
+    """Give the URL of a server that is healthy, and end it afterwards. Raises EngineFailed."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = engine.server(shape, serving, port)
+    url = f"http://127.0.0.1:{port}"
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(
+            command.words,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env={**os.environ, **command.environment},
+        )
+        try:
+            deadline = time.monotonic() + timeout_s
+            while not _is_healthy(url):
+                if process.poll() is not None or time.monotonic() > deadline:
+                    log.seek(max(0, log.seek(0, os.SEEK_END) - 2000))
+                    tail = log.read().decode("utf-8", "replace")
+                    raise EngineFailed(f"{' '.join(command.words)} does not serve:\n{tail}")
+                time.sleep(0.1)
+            yield url
+        finally:
+            process.terminate()
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _is_healthy(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
 
 
 def last_json_line(output: str) -> Any:

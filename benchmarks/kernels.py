@@ -1,4 +1,4 @@
-"""Speed of single CPU kernels: int8 linears, quantization, row kernels, attention, memory.
+"""Speed of single CPU kernels: int8 and bfloat16 linears, quantization, row kernels, attention.
 
 GB/s count what must come from memory (weights, keys and values, or the rows themselves) and stand
 beside the bandwidth of a kernel that only reads; Gop/s count a multiply-add as two operations.
@@ -97,6 +97,9 @@ def all_cases(
             yield partial(
                 linear_cases, out_features, in_features, bits, isa, distance, options.rows, rng
             )
+    for text in options.shape:
+        out_features, in_features = (int(part) for part in text.split("x"))
+        yield partial(bf16_cases, out_features, in_features, options.device, options.rows, rng)
     yield partial(quantize_cases, isa, options.rows, rng)
     yield partial(row_cases, rng)
     yield partial(attention_cases, options.context, rng)
@@ -191,6 +194,37 @@ def linear_cases(
             read_bytes=size,
             operations=2 * n * out_features * in_features,
         )
+
+
+def bf16_cases(
+    out_features: int, in_features: int, device: str, rows: Sequence[int], rng: np.random.Generator
+) -> Iterator[Case]:
+    """A linear layer on bfloat16 weights: in pairs where the CPU has them, and in float32."""
+    from mlc_llm.artifact import numpy_dtype
+    from mlc_llm.compiler.target import describe_target
+    from mlc_llm.kernels.cpu import bf16_activations, bf16_linear, linear
+    from mlc_llm.kernels.cpu.isa import find_bf16_isa
+
+    isa = find_bf16_isa(describe_target(device, "O2")["isa"])
+    # From 0.5 to 1, whatever the packing.
+    bits = rng.integers(0x3F00, 0x3F80, linear.packed_shape(out_features, in_features), np.uint16)
+    weights = bits.view(numpy_dtype("bfloat16"))
+    num_copies = min(MAX_COPIES, -(-FOOTPRINT_BYTES // weights.nbytes))
+    for n in rows:
+        operations = 2 * n * out_features * in_features
+        sizes = (n, out_features), "float32", weights.nbytes, operations
+        kernel = linear.matmul(out_features, in_features, "bfloat16", False)
+        x = rng.standard_normal((n, in_features)).astype(np.float32)
+        inputs = [(x, weights.copy()) for _ in range(num_copies)]
+        yield Case(f"bf16 {out_features}x{in_features}, float32, {n} rows", kernel, inputs, *sizes)
+        if isa is None:
+            continue
+        kernel = bf16_linear.matmul(out_features, in_features, isa.name, None)
+        packed = np.full(bf16_linear.packed_shape(out_features, in_features), 0x3F003F00, np.uint32)
+        step = bf16_activations.ROW_STEP
+        pairs = np.ones((-(-n // step) * step, bf16_activations.row_words(in_features)), np.int32)
+        inputs = [(pairs, packed.copy()) for _ in range(num_copies)]
+        yield Case(f"bf16 {out_features}x{in_features}, pairs, {n} rows", kernel, inputs, *sizes)
 
 
 def quantize_cases(isa: str, rows: Sequence[int], rng: np.random.Generator) -> Iterator[Case]:

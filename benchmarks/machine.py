@@ -1,27 +1,23 @@
 """What the machine can do: read bandwidth and int8 arithmetic, with a number of threads.
 
-Bandwidth: each thread runs the C library's memchr, called through ctypes (which releases the
-interpreter lock), over its own buffer of 512 MiB in huge pages, looking for a byte that is not
-there. Int8: a kernel that does nothing but the host's best 8-bit
-multiply-adds, in registers. Both take the best of several passes.
+Bandwidth: what `mlc_llm bench` compares with, see `mlc_llm/bench/bandwidth_reader.py`. Int8: a
+kernel that does nothing but the host's best 8-bit multiply-adds, in registers. Both take the best
+of several passes.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
-import mmap
 import os
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import closing
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mlc_llm.kernels.cpu.isa import Isa
 
-_BUFFER_BYTES = 512 << 20
 _PASSES = 9
 _CHAINS = 16  # independent sums, more than the latency of one instruction asks for
 _STEPS = 40_000_000
@@ -29,25 +25,10 @@ _STEPS = 40_000_000
 
 def read_bandwidth(threads: int) -> list[float]:
     """Return GB/s of each pass."""
-    library = ctypes.CDLL(None)
-    library.memchr.restype = ctypes.c_void_p
-    library.memchr.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
-    buffers = [mmap.mmap(-1, _BUFFER_BYTES) for _ in range(threads)]
-    addresses = []
-    for buffer in buffers:
-        buffer.madvise(mmap.MADV_HUGEPAGE)
-        address = ctypes.addressof(ctypes.c_char.from_buffer(buffer))
-        ctypes.memset(address, 1, _BUFFER_BYTES)
-        addresses.append(address)
+    from mlc_llm.bench.bandwidth import BandwidthMeter
 
-    cores = sorted(os.sched_getaffinity(0))
-
-    def scan(thread: int) -> None:
-        # Left alone, new threads often start on one core and share it for a whole pass.
-        os.sched_setaffinity(0, {cores[thread % len(cores)]})
-        library.memchr(addresses[thread], 2, _BUFFER_BYTES)
-
-    return [threads * _BUFFER_BYTES / 1e9 / _time_threads(scan, threads) for _ in range(_PASSES)]
+    with closing(BandwidthMeter(threads)) as meter:
+        return [meter.read_gb_s() for _ in range(_PASSES)]
 
 
 def int8_peak(threads: int) -> list[float]:
@@ -94,16 +75,6 @@ def _dot_kernel(isa: Isa, threads: int) -> object:
                 result[thread, T.ramp(0, 1, lanes)] += sums[chain, T.ramp(0, 1, lanes)]
 
     return multiply
-
-
-def _time_threads(work: Callable[[int], None], threads: int) -> float:
-    workers = [threading.Thread(target=work, args=(number,)) for number in range(threads)]
-    start = time.perf_counter()
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    return time.perf_counter() - start
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

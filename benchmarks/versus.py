@@ -141,7 +141,7 @@ def _measure_quietly(
     deadline = time.monotonic() + plan.patience_s
     attempts = []
     while True:
-        _await_quiet(deadline)
+        await_quiet(deadline)
         others = Disturbance()
         figures = engine.measure(shape, measure, plan.threads)
         attempts.append((others.share(), figures))
@@ -150,7 +150,8 @@ def _measure_quietly(
             return figures, share
 
 
-def _await_quiet(deadline: float) -> None:
+def await_quiet(deadline: float) -> None:
+    """Return when others leave the processors alone for a second, or at the deadline."""
     while time.monotonic() < deadline:
         others = Disturbance()
         time.sleep(1)

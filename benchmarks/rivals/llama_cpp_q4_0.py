@@ -5,7 +5,15 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from engine import EngineFailed, Measure, Shape, last_json_line, run_process
+from engine import (
+    EngineFailed,
+    Measure,
+    ServerCommand,
+    Serving,
+    Shape,
+    last_json_line,
+    run_process,
+)
 
 _MAKE_MODELS = Path(__file__).parent.parent / "make_models.py"
 
@@ -67,6 +75,16 @@ class LlamaCpp:
         if measure.kind == "memory":
             return [finished.peak_rss_bytes / 1e6]
         return [float(figure) for figure in last_json_line(finished.output)["samples_ts"]]
+
+    def server(self, shape: Shape, serving: Serving, port: int) -> ServerCommand:
+        """Return the command of `llama-server`; each slot has a context of its own."""
+        cache = "--cache-prompt" if serving.has_prefix_cache else "--no-cache-prompt"
+        words = [
+            *(self._tool("llama-server"), "-m", self._model(shape), "-t", serving.threads),
+            *("-np", serving.sequences, "-c", serving.sequences * serving.context, cache),
+            *("--host", "127.0.0.1", "--port", port),
+        ]
+        return ServerCommand([str(word) for word in words], {})
 
     def _batched(self, model: list[str], measure: Measure) -> float:
         size = measure.batch * (measure.context + measure.tokens)

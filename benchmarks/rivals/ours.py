@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from engine import Finished, Measure, Shape, run_process
+from engine import Finished, Measure, ServerCommand, Serving, Shape, run_process
 
 _ROOT = Path(__file__).parents[2]
 _QUANTIZATION = "q4f16_1"
@@ -53,6 +53,31 @@ class MlcLlm:
         (entry,) = report["measurements"]
         return [measure.batch * measure.tokens / float(seconds) for seconds in entry["runs"]]
 
+    def server(self, shape: Shape, serving: Serving, port: int) -> ServerCommand:
+        """Return the command of `mlc_llm serve`."""
+        limits = {
+            "max_num_sequence": serving.sequences,
+            "context_window_size": serving.context,
+            "max_total_seq_length": serving.sequences * serving.context,
+        }
+        words = [
+            *(sys.executable, "-m", "mlc_llm", "serve", shape.checkpoint),
+            *("--quantization", _QUANTIZATION, "--mode", "server"),
+            *("--overrides", ";".join(f"{name}={value}" for name, value in limits.items())),
+            *("--prefix-cache-mode", "radix" if serving.has_prefix_cache else "disable"),
+            *("--host", "127.0.0.1", "--port", port),
+        ]
+        environment = {**self._environment, "TVM_NUM_THREADS": str(serving.threads)}
+        return ServerCommand([str(word) for word in words], environment)
+
+    @property
+    def _environment(self) -> dict[str, str]:
+        return {
+            "MLC_LLM_HOME": str(self._home / "cache"),
+            "PYTHONPATH": str(_ROOT),
+            "PYTHONDONTWRITEBYTECODE": "",  # an installed package has its bytecode
+        }
+
     def _bench(self, shape: Shape, measure: Measure, threads: int) -> dict[str, Any]:
         report = self._home / "bench.json"
         report.unlink(missing_ok=True)
@@ -81,5 +106,4 @@ class MlcLlm:
 
     def _run(self, *arguments: object) -> Finished:
         words = [sys.executable, "-m", "mlc_llm", *map(str, arguments)]
-        environment = {"MLC_LLM_HOME": str(self._home / "cache"), "PYTHONPATH": str(_ROOT)}
-        return run_process(words, environment=environment)
+        return run_process(words, environment=self._environment)
