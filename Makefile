@@ -8,13 +8,18 @@ DEMO_PROMPT := $(if $(filter command,$(origin PROMPT)),$(value PROMPT))
 unexport PROMPT
 export DEMO_PROMPT
 
-.PHONY: help demo demo-model test check clean
+# How long `make soak` takes.
+SOAK_SECONDS ?= 3600
+
+.PHONY: help demo demo-model test check soak judges clean
 
 help:
 	@echo 'make demo                 chat with a small model on this CPU'
 	@echo 'make demo PROMPT="..."    answer once and leave'
 	@echo 'make test                 install what the tests need and run them all'
 	@echo 'make check                make test, and formatting, lint and types'
+	@echo 'make soak                 load a server for an hour and watch its memory (SOAK_SECONDS=3600)'
+	@echo 'make judges               let the clients and judges of others try a server'
 	@echo 'make demo-model           only fetch the demo model into the cache'
 	@echo 'make clean                remove the virtual environment (the model cache stays)'
 	@echo 'PYTHON=python3.12 chooses the interpreter (3.10 or newer) of a new environment.'
@@ -34,6 +39,12 @@ test: $(VENV)/.installed-dev demo-model
 
 check: $(VENV)/.installed-dev demo-model
 	@PYTHON=$(VENV)/bin/python scripts/check
+
+soak: $(VENV)/.installed-dev demo-model
+	@$(VENV)/bin/python scripts/soak.py --seconds '$(SOAK_SECONDS)'
+
+judges: $(VENV)/.installed-dev demo-model
+	@$(VENV)/bin/python scripts/judges/run.py
 
 clean:
 	rm -rf $(VENV)
