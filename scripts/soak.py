@@ -37,7 +37,8 @@ NUM_SEQUENCES = 6
 MAX_QUEUED = 8
 CACHE_TOKENS = 4096
 STUCK_S = 90.0
-MAX_WARM_UP_S = 600.0
+# Memory settles after about 400 actions, however long they take.
+WARM_UP_ACTIONS = 600
 WARM_UP_PROMPTS = 6  # of at least 800 tokens: more than the cache holds
 SERVER = (
     *("serve", "--port", "0", "--mode", "server", "--max-queued-requests", str(MAX_QUEUED)),
@@ -328,39 +329,45 @@ async def soak(url: str, process_id: int, seconds: float, seed: int) -> list[str
     """Load the server at `url`; return what went wrong."""
     rng = random.Random(seed)
     clients = Clients(url, rng)
-    outcomes: Counter[str] = Counter()
     problems: list[str] = []
     try:
         await clients.warm_up()
     except (Misbehaviour, httpx.HTTPError) as error:
         problems.append(f"at the beginning: {error}")
     start = time.monotonic()
-    end = start + seconds
-    warm_up_s = min(seconds / 2, MAX_WARM_UP_S)
+    outcomes: Counter[str] = Counter()
     samples: list[float] = []
 
-    async def act_until_end() -> None:
-        while time.monotonic() < end:
+    async def act_while(goes_on: Callable[[], bool], is_warm: bool) -> None:
+        while goes_on():
             try:
-                name, outcome = await clients.act(time.monotonic() - start > warm_up_s)
+                name, outcome = await clients.act(is_warm)
                 outcomes[f"{name} {outcome}"] += 1
             except Misbehaviour as error:
+                outcomes["misbehaviour"] += 1
                 problems.append(f"after {time.monotonic() - start:.0f} s: {error}")
                 await asyncio.sleep(0.2)
             await asyncio.sleep(rng.expovariate(1 / 0.05))
 
+    async def act_together(goes_on: Callable[[], bool], is_warm: bool) -> None:
+        await asyncio.gather(*(act_while(goes_on, is_warm) for _ in range(NUM_CLIENTS)))
+
+    await act_together(lambda: outcomes.total() < WARM_UP_ACTIONS, is_warm=False)
+    warm = time.monotonic()
+    print(f"{warm - start:6.0f} s  {memory_mib(process_id):6.0f} MiB  warm")
+    end = warm + seconds
+
     async def watch() -> None:
-        shown = start
+        shown = warm
         while (now := time.monotonic()) < end:
             used = memory_mib(process_id)
-            if now - start >= warm_up_s:
-                samples.append(used)
+            samples.append(used)
             if now - shown >= max(10.0, seconds / 60):
                 shown = now
                 print(f"{now - start:6.0f} s  {used:6.0f} MiB  {outcomes.total()} actions")
             await asyncio.sleep(min(1.0, seconds / 200))
 
-    await asyncio.gather(watch(), *(act_until_end() for _ in range(NUM_CLIENTS)))
+    await asyncio.gather(watch(), act_together(lambda: time.monotonic() < end, is_warm=True))
     try:
         await clients.wait_until_idle()
         await clients.look_around()
@@ -371,7 +378,7 @@ async def soak(url: str, process_id: int, seconds: float, seed: int) -> list[str
         problems.append(f"memory rose by {risen:.1%} after the warm-up, to {max(samples):.0f} MiB")
     for outcome, count in sorted(outcomes.items()):
         print(f"{count:8}  {outcome}")
-    print(f"memory {risen:+.1%} after {warm_up_s:.0f} s of warm-up, {max(samples):.0f} MiB at most")
+    print(f"memory {risen:+.1%} in {seconds:g} s after the warm-up, {max(samples):.0f} MiB at most")
     return problems
 
 

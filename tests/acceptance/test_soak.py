@@ -42,7 +42,7 @@ def test_a_server_stays_as_it_was(program: Program, demo_gguf: Path) -> None:
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
     )
     assert run.returncode == 0, run.stdout + run.stderr
     assert run.stdout.endswith("passed\n")
