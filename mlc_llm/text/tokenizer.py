@@ -14,6 +14,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from mlc_llm.artifact import read_json_object
 from mlc_llm.errors import CorruptFile, ModelNotFound, RequestError, UnsupportedModel
+from mlc_llm.text.wordpiece import VOCAB_NAME, build_wordpiece
 
 TOKENIZER_NAME = "tokenizer.json"
 SETTINGS_NAME = "tokenizer_config.json"
@@ -66,6 +67,8 @@ class Tokenizer:
         vocab, merges = directory / "vocab.json", directory / "merges.txt"
         if vocab.is_file() and merges.is_file():
             return cls(_build_byte_level(vocab, merges, settings), settings)
+        if (directory / VOCAB_NAME).is_file():
+            return cls(build_wordpiece(directory / VOCAB_NAME, settings), settings)
         for other in ("tokenizer.model", "tokenizer_model"):
             if (directory / other).is_file():
                 raise UnsupportedModel(
@@ -74,8 +77,8 @@ class Tokenizer:
                     "transformers tokenizer writes one) and try again"
                 )
         raise ModelNotFound(
-            f"{directory} has no tokenizer ({TOKENIZER_NAME}, or vocab.json with merges.txt); "
-            "download the whole model again"
+            f"{directory} has no tokenizer ({TOKENIZER_NAME}, vocab.json with merges.txt, or "
+            f"{VOCAB_NAME}); download the whole model again"
         )
 
     @property
@@ -112,6 +115,18 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         """Return the token ids of a text. Raises RequestError if it is not valid Unicode."""
+        ids: list[int] = self._encoding(text, add_special_tokens).ids
+        return ids
+
+    def encode_whole(self, text: str) -> tuple[list[int], int]:
+        """Return the ids with special tokens, and how many of them were added after the text."""
+        encoding = self._encoding(text, True)
+        num_added = 0
+        while num_added < len(encoding.ids) and encoding.special_tokens_mask[-1 - num_added]:
+            num_added += 1
+        return encoding.ids, num_added
+
+    def _encoding(self, text: str, add_special_tokens: bool) -> tokenizers.Encoding:
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
@@ -120,13 +135,10 @@ class Tokenizer:
                 "send valid Unicode"
             ) from None
         if len(text) < _LONG_TEXT:
-            encoding = self._inner.encode(text, add_special_tokens=add_special_tokens)
-        else:
-            # Unlike encode, lets other threads run meanwhile: megabytes take seconds.
-            batch = self._inner.encode_batch_fast([text], add_special_tokens=add_special_tokens)
-            encoding = batch[0]
-        ids: list[int] = encoding.ids
-        return ids
+            return self._inner.encode(text, add_special_tokens=add_special_tokens)
+        # Unlike encode, lets other threads run meanwhile: megabytes take seconds.
+        batch = self._inner.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        return batch[0]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Return the text of token ids; ids outside the vocabulary have none."""
