@@ -379,6 +379,8 @@ class LibraryMetadata:
     pipeline_parallel_stages: int = 1
     model_task: str = "chat"
     model_config: dict[str, Any] = field(default_factory=dict)
+    embedding_metadata: dict[str, Any] | None = None
+    states: list[TensorSpec] = field(default_factory=list)  # recurrent state: tensors of one slot
 
     def to_json(self) -> str:
         """Return the JSON text stored in the library."""
@@ -389,10 +391,10 @@ class LibraryMetadata:
         """Parse the JSON text; `where` names the library in errors. Raises CorruptFile."""
         try:
             data = json.loads(text)
-            params = [TensorSpec(p["name"], tuple(p["shape"]), p["dtype"]) for p in data["params"]]
-            layout = KVCacheLayout(**data["kv_cache"])
-            return LibraryMetadata(**{**data, "params": params, "kv_cache": layout})
-        except (ValueError, KeyError, TypeError) as error:
+            for name in {"params", "states"} & data.keys():
+                data[name] = [TensorSpec(**{**p, "shape": tuple(p["shape"])}) for p in data[name]]
+            return LibraryMetadata(**{**data, "kv_cache": KVCacheLayout(**data["kv_cache"])})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CorruptFile(
                 f"{where} was not made by this release of mlc_llm ({error!r}); compile it again"
             ) from None

@@ -1,6 +1,6 @@
-"""An embedding model on its own thread: token ids in, vectors of length 1 out.
+"""An embedding model on its own thread: token ids in, vectors out.
 
-Knows how inputs are pooled and who waits. Does not know requests of the protocol.
+Knows what an artifact says of its vectors, and who waits. Does not know requests of the protocol.
 """
 
 from __future__ import annotations
@@ -17,14 +17,13 @@ from numpy.typing import NDArray
 
 from mlc_llm.artifact import ChatConfig, read_chat_config
 from mlc_llm.device import parse_device
-from mlc_llm.engine.encoder import Encoder, pages_for_encoding
+from mlc_llm.engine.encoder import Encoder, pages_for_encoding, read_pooling
 from mlc_llm.errors import (
     ContextTooLong,
     EngineStopped,
     QueueFull,
     RequestError,
     StepFailed,
-    UnsupportedModel,
 )
 from mlc_llm.text.tokenizer import Tokenizer
 
@@ -44,33 +43,39 @@ class EmbeddingModel:
         tokenizer: Tokenizer,
         encoder: Encoder,
         *,
+        is_normalized: bool = True,
         max_queued_requests: int = _MAX_QUEUED,
     ) -> None:
-        """Take the parts; owns `encoder`. Raises UnsupportedModel for another way of pooling."""
-        settings = config.embedding_metadata or {}
-        pooling = settings.get("pooling_strategy", "last")
-        if pooling != "last":
-            raise UnsupportedModel(
-                f"{name} pools its tokens by {pooling!r:.80}; this release pools by 'last' only"
-            )
+        """Take the parts; owns `encoder`. is_normalized: whether vectors get the length 1."""
         self.name = name
         self.num_dimensions = int(config.model_config["hidden_size"])
         self.max_input_len = encoder.max_input_len
         self.vocab_size = encoder.vocab_size
         self._tokenizer = tokenizer
         self._encoder = encoder
-        self._is_normalized = bool(settings.get("normalize", True))
+        self._is_normalized = is_normalized
+        self._end_ids = _end_ids(config, encoder)
         self._max_queued = max_queued_requests
         self._places = threading.Semaphore(max_queued_requests)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="mlc_llm-embedding")
         self._is_closed = threading.Event()
 
-    def token_ids(self, text: str) -> list[int]:
-        """Return the ids of a text, with the special tokens that its tokenizer adds."""
-        return self._tokenizer.encode(text, add_special_tokens=True)
+    def token_ids(self, text: str, max_len: int | None = None) -> list[int]:
+        """Return the ids of a text, with the special tokens that its tokenizer adds.
+
+        A model that pools by the last token gets an end-of-text token there in any case. A text
+        that makes more than `max_len` ids loses its end; the special tokens after it stay.
+        """
+        ids, num_added = self._tokenizer.encode_whole(text)
+        if self._end_ids and (not ids or ids[-1] not in self._end_ids):
+            ids, num_added = [*ids, self._end_ids[0]], num_added + 1
+        if max_len is not None and len(ids) > max_len:
+            num_added = min(num_added, max_len)
+            ids = [*ids[: max_len - num_added], *ids[len(ids) - num_added :]]
+        return ids
 
     async def embed(self, inputs: Sequence[Sequence[int]]) -> NDArray[np.float32]:
-        """Return one vector an input, (len(inputs), hidden) float32, of length 1.
+        """Return one vector an input, (len(inputs), hidden) float32.
 
         A cancelled call stops before its next step. Raises RequestError and ContextTooLong for
         inputs it cannot take, QueueFull, EngineStopped or StepFailed.
@@ -121,7 +126,8 @@ class EmbeddingModel:
             if len(tokens) > self.max_input_len:
                 raise ContextTooLong(
                     f"input {number} has {len(tokens):,} tokens, the model {self.name} takes "
-                    f"{self.max_input_len:,}; split it",
+                    f"{self.max_input_len:,}; split it, or send truncate_prompt_tokens=-1 to leave "
+                    "out its end",
                     "input",
                 )
             if min(tokens) < 0 or max(tokens) >= self.vocab_size:
@@ -138,6 +144,14 @@ class EmbeddingModel:
             self._is_closed.set()
             self._thread.shutdown(wait=True)
             self._encoder.close()
+
+
+def _end_ids(config: ChatConfig, encoder: Encoder) -> list[int]:
+    """Return the ids of which one must end a text: those of a model made to pool by the last."""
+    if config.model_task != "embedding" or encoder.pooling != "last":
+        return []
+    ids = config.eos_token_id
+    return list(ids) if isinstance(ids, list) else [ids]
 
 
 def normalize(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -160,7 +174,8 @@ def open_embedding_model(
     """Load an artifact and a library that was compiled with the override `model_task=embedding`.
 
     name: what requests call it. `overrides` are the settings the library is expected to have been
-    compiled with. Raises the errors of the artifact, the library and the device.
+    compiled with. What the artifact's `embedding_metadata` leaves open is the library's default.
+    Raises the errors of the artifact, the library and the device.
     """
     from mlc_llm.engine.open import check_library
     from mlc_llm.runtime.library import load_library
@@ -174,7 +189,16 @@ def open_embedding_model(
     metadata = loaded.metadata
     expected = {key: value for key, value in (overrides or {}).items() if key != "model_task"}
     check_library(metadata, config, expected, str(library), "embedding")
+    settings = {**(metadata.embedding_metadata or {}), **(config.embedding_metadata or {})}
+    pooling = read_pooling(settings.get("pooling_strategy", "last"))
     parameters = load_parameters(artifact, loaded, progress)
     runner = CompiledRunner(loaded, parameters, pages_for_encoding(metadata))
-    encoder = Encoder(runner)
-    return EmbeddingModel(name, config, tokenizer, encoder, max_queued_requests=max_queued_requests)
+    is_causal = settings.get("model_type", "decoder") != "encoder"
+    return EmbeddingModel(
+        name,
+        config,
+        tokenizer,
+        Encoder(runner, pooling=pooling, is_causal=is_causal),
+        is_normalized=bool(settings.get("normalize", True)),
+        max_queued_requests=max_queued_requests,
+    )

@@ -29,12 +29,17 @@ _Input = (
 
 
 class EmbeddingRequest(RequestBody):
-    """One text, several, or the same as token ids, which are then taken as they are."""
+    """One text, several, or the same as token ids, which are then taken as they are.
+
+    truncate_prompt_tokens: inputs with more tokens lose their end, but for special tokens there; -1
+    stands for the most that the model takes. Without it they are refused.
+    """
 
     input: _Input
     model: StrictStr | None = None
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: Annotated[StrictInt, Field(ge=1)] | None = None
+    truncate_prompt_tokens: Annotated[StrictInt, Field(ge=1)] | Literal[-1] | None = None
     user: StrictStr | None = None
 
 
@@ -75,7 +80,10 @@ async def embed(model: EmbeddingModel, request: EmbeddingRequest) -> EmbeddingRe
             "dimensions",
         )
     # Tokenizing megabytes of text must not hold up other requests of the event loop.
-    inputs = await asyncio.to_thread(_read_inputs, model, request.input)
+    max_len = request.truncate_prompt_tokens
+    if max_len == -1:
+        max_len = model.max_input_len
+    inputs = await asyncio.to_thread(_read_inputs, model, request.input, max_len)
     vectors = await model.embed(inputs)
     if request.dimensions is not None:
         # Kusupati et al. 2022: the first dimensions serve alone, at length 1 again.
@@ -91,15 +99,16 @@ async def embed(model: EmbeddingModel, request: EmbeddingRequest) -> EmbeddingRe
     )
 
 
-def _read_inputs(model: EmbeddingModel, given: _Input) -> list[list[int]]:
-    """Return the token ids of each input. Raises RequestError for empty texts."""
+def _read_inputs(model: EmbeddingModel, given: _Input, max_len: int | None) -> list[list[int]]:
+    """Return at most `max_len` token ids of each input. Raises RequestError for empty texts."""
     is_one = isinstance(given, str) or (bool(given) and isinstance(given[0], int))
     items = cast("list[str | list[int]]", [given] if is_one else given)
     inputs = []
     for number, item in enumerate(items):
         if not item:
             raise RequestError(f"input {number} is empty; give it some text", "input")
-        inputs.append(model.token_ids(item) if isinstance(item, str) else item)
+        ids = model.token_ids(item, max_len) if isinstance(item, str) else item[:max_len]
+        inputs.append(ids)
     return inputs
 
 

@@ -8,13 +8,26 @@ import numpy as np
 import pytest
 from fakes import FakeEncodingRunner, hidden_state
 
-from mlc_llm.engine.encoder import Encoder, pages_for_encoding
+from mlc_llm.engine.encoder import Encoder, Pooling, pages_for_encoding, read_pooling
+from mlc_llm.errors import UnsupportedModel
 
 
-def make_encoder(**changes: int) -> tuple[Encoder, FakeEncodingRunner]:
+def make_encoder(
+    pooling: Pooling = "last", is_causal: bool = True, **changes: int
+) -> tuple[Encoder, FakeEncodingRunner]:
     runner = FakeEncodingRunner(num_pages=1, **changes)
     runner = FakeEncodingRunner(num_pages=pages_for_encoding(runner.metadata), **changes)
-    return Encoder(runner), runner
+    return Encoder(runner, pooling=pooling, is_causal=is_causal), runner
+
+
+def pooled(tokens: list[int], pooling: str) -> np.ndarray:
+    """Return what the fake model's states make, each of which depends on all tokens before it."""
+    if pooling == "last":
+        return hidden_state(tokens)
+    if pooling == "cls":
+        return hidden_state(tokens[:1])
+    states = [hidden_state(tokens[: n + 1]) for n in range(len(tokens))]
+    return np.mean(states, axis=0, dtype=np.float64).astype(np.float32)
 
 
 def test_short_inputs_share_a_step() -> None:
@@ -49,6 +62,39 @@ def test_random_inputs(seed: int) -> None:
         np.testing.assert_array_equal(encoder.encode(inputs), [hidden_state(i) for i in inputs])
         encoder.check_integrity()
     assert max(runner.step_sizes) <= chunk
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean", "last"])
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_every_pooling(pooling: Pooling, is_causal: bool) -> None:
+    draw = random.Random(5)
+    encoder, runner = make_encoder(pooling, is_causal, prefill_chunk_size=24, max_batch_size=3)
+    assert encoder.max_input_len == (64 if is_causal else 24)
+    for _ in range(10):
+        longest = encoder.max_input_len
+        lengths = [draw.choice([1, 2, 15, 16, 17, longest]) for _ in range(draw.randint(1, 12))]
+        inputs = [[draw.randrange(512) for _ in range(length)] for length in lengths]
+        found = encoder.encode(inputs)
+        expected = np.asarray([pooled(tokens, pooling) for tokens in inputs])
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+        # To the bit, whatever else is in the request.
+        np.testing.assert_array_equal(found, [encoder.encode([tokens])[0] for tokens in inputs])
+        encoder.check_integrity()
+    assert max(runner.step_sizes) <= 24
+
+
+def test_inputs_of_a_model_that_looks_ahead_are_not_cut() -> None:
+    encoder, runner = make_encoder("mean", False, prefill_chunk_size=16)
+    encoder.encode([[1] * 10, [2] * 10, [3] * 6, [4] * 16, [5]])
+    assert runner.step_sizes == [10, 16, 16, 1]
+    starts = [step.positions[step.query_start[:-1]].tolist() for step in runner.steps]
+    assert starts == [[0], [0, 0], [0], [0]]
+
+
+def test_an_unknown_pooling_is_refused() -> None:
+    assert read_pooling("mean") == "mean"
+    with pytest.raises(UnsupportedModel, match="'max'; this release pools by cls, mean, last"):
+        read_pooling("max")
 
 
 def test_a_failed_step_gives_its_pages_back() -> None:

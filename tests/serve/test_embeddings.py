@@ -6,6 +6,7 @@ import asyncio
 import base64
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,17 +17,18 @@ from small_tokenizers import write_tokenizer
 
 from mlc_llm.artifact import ChatConfig
 from mlc_llm.engine.embedding import EmbeddingModel
-from mlc_llm.engine.encoder import Encoder, pages_for_encoding
+from mlc_llm.engine.encoder import Encoder, Pooling, pages_for_encoding
 from mlc_llm.errors import (
     ContextTooLong,
     EngineStopped,
     QueueFull,
     RequestError,
     StepFailed,
-    UnsupportedModel,
 )
 from mlc_llm.serve.embeddings import EmbeddingRequest, EmbeddingResponse, embed
 from mlc_llm.text.tokenizer import Tokenizer
+
+END_ID = 2
 
 OpenModel = Callable[..., tuple[EmbeddingModel, FakeEncodingRunner]]
 
@@ -42,7 +44,11 @@ def open_model(tokenizer: Tokenizer) -> Iterator[OpenModel]:
     models = []
 
     def make(
-        metadata: dict[str, Any] | None = None, max_queued_requests: int = 8
+        max_queued_requests: int = 8,
+        pooling: Pooling = "last",
+        task: str = "chat",
+        tokenizer: Tokenizer = tokenizer,
+        **options: Any,
     ) -> tuple[EmbeddingModel, FakeEncodingRunner]:
         config = ChatConfig(
             model_type="llama",
@@ -52,11 +58,13 @@ def open_model(tokenizer: Tokenizer) -> Iterator[OpenModel]:
             context_window_size=64,
             prefill_chunk_size=8,
             conv_template={},
-            embedding_metadata=metadata,
+            eos_token_id=[END_ID, 1],
+            model_task=task,
         )
         runner = FakeEncodingRunner(pages_for_encoding(FakeEncodingRunner().metadata))
+        encoder = Encoder(runner, pooling=pooling)
         model = EmbeddingModel(
-            "tiny", config, tokenizer, Encoder(runner), max_queued_requests=max_queued_requests
+            "tiny", config, tokenizer, encoder, max_queued_requests=max_queued_requests, **options
         )
         models.append(model)
         return model, runner
@@ -119,14 +127,47 @@ def test_dimensions_shorten_vectors_to_length_1(open_model: OpenModel) -> None:
 
 
 def test_a_model_may_want_its_vectors_as_they_are(open_model: OpenModel) -> None:
-    model, _ = open_model({"pooling_strategy": "last", "normalize": False})
+    model, _ = open_model(is_normalized=False)
     vector = ask(model, input=[[4, 5]]).data[0].embedding
     np.testing.assert_array_equal(np.asarray(vector, np.float32), hidden_state([4, 5]))
 
 
-def test_another_pooling_is_refused(open_model: OpenModel) -> None:
-    with pytest.raises(UnsupportedModel, match="'cls'"):
-        open_model({"pooling_strategy": "cls"})
+def test_a_model_that_pools_by_the_last_token_gets_an_end(
+    open_model: OpenModel, tokenizer: Tokenizer
+) -> None:
+    ids = tokenizer.encode("hello")
+    for pooling, task, expected in [
+        ("last", "embedding", [*ids, END_ID]),
+        ("mean", "embedding", ids),
+        ("last", "chat", ids),
+    ]:
+        model, _ = open_model(pooling=pooling, task=task)
+        assert model.token_ids("hello") == expected
+    model, _ = open_model(pooling="last", task="embedding")
+    assert model.token_ids("hello", 2) == [ids[0], END_ID]
+    assert ask(model, input="hello").usage.total_tokens == len(ids) + 1
+
+
+def test_inputs_are_cut_when_asked(open_model: OpenModel, tokenizer: Tokenizer) -> None:
+    model, _ = open_model()
+    text, ids = "xyz" * 100, [7] * 70
+    cut = ask(model, input=[text, "he"], truncate_prompt_tokens=-1)
+    assert cut.usage.total_tokens == 64 + len(tokenizer.encode("he"))
+    np.testing.assert_allclose(cut.data[0].embedding, unit(tokenizer.encode(text)[:64]), rtol=1e-6)
+    assert ask(model, input=[ids], truncate_prompt_tokens=5).usage.total_tokens == 5
+    with pytest.raises(ContextTooLong, match="truncate_prompt_tokens=-1"):
+        ask(model, input=[ids], truncate_prompt_tokens=65)
+
+
+def test_special_tokens_survive_a_cut(open_model: OpenModel, tmp_path: Path) -> None:
+    letters = "".join(f"{letter}\n" for letter in "abcdefgh")
+    (tmp_path / "vocab.txt").write_text(f"[PAD]\n[UNK]\n[CLS]\n[SEP]\n{letters}")
+    model, _ = open_model(tokenizer=Tokenizer.load(tmp_path), pooling="cls", task="embedding")
+    whole = model.token_ids("a b c d e")
+    assert whole == [2, 4, 5, 6, 7, 8, 3]
+    assert model.token_ids("a b c d e", 7) == whole
+    assert model.token_ids("a b c d e", 5) == [2, 4, 5, 6, 3]
+    assert model.token_ids("a b c d e", 1) == [3]
 
 
 @pytest.mark.parametrize(
@@ -169,7 +210,10 @@ def test_an_input_longer_than_the_context(open_model: OpenModel) -> None:
         {"input": "a", "encoding_format": "hex"},
         {"input": "a", "dimensions": 0},
         {"input": "a", "dimensions": True},
-        {"input": "a", "truncate_prompt_tokens": 5},
+        {"input": "a", "truncate_prompt_tokens": 0},
+        {"input": "a", "truncate_prompt_tokens": -2},
+        {"input": "a", "truncate_prompt_tokens": "5"},
+        {"input": "a", "prompt": "b"},
     ],
 )
 def test_malformed_requests(fields: dict[str, Any]) -> None:
