@@ -22,6 +22,8 @@ from mlc_llm.errors import OptionError, StorageError
 from mlc_llm.prepare.progress import Progress
 
 _FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
+# In names of directories that are about to be removed; what is left of them is waste.
+OLD_MARK = ".old-"
 _FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
 
 
@@ -70,6 +72,7 @@ class CacheHome:
     root/model_weights/local/<key>                     artifacts converted on this machine
     root/model_weights/demo                            the demo model
     root/model_lib/<key>                               compiled libraries
+    root/run                                           processes that use models now
     """
 
     root: Path
@@ -107,6 +110,11 @@ class CacheHome:
         """Where compiled libraries lie."""
         return self.root / "model_lib"
 
+    @property
+    def run_directory(self) -> Path:
+        """Where processes that use models say so."""
+        return self.root / "run"
+
     def repository_directory(self, user: str, repo: str, revision: str | None) -> Path:
         """Return the directory of one repository; named revisions lie beside the default one."""
         suffix = "" if revision is None else "@" + quote(revision, safe="")
@@ -124,7 +132,7 @@ class CacheHome:
             CacheEntry(kind, path.relative_to(base).as_posix(), path, size_of(path))
             for kind, base, pattern in groups
             for path in sorted(base.glob(pattern))
-            if not path.name.endswith(".lock")
+            if not path.name.startswith(".")
         ]
 
     def size_bytes(self) -> int:
@@ -171,15 +179,15 @@ def storage_errors(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def hold_lock(target: Path, progress: Progress) -> Iterator[None]:
+def hold_lock(target: Path, progress: Progress, *, lock_path: Path | None = None) -> Iterator[None]:
     """Let one process at a time prepare `target`; others wait and say so.
 
-    The lock file lies beside the target and is freed by the system if the process dies.
-    Raises StorageError where the directory cannot be written.
+    The lock file lies beside the target, unless `lock_path` says where, and is freed by the system
+    if the process dies. Raises StorageError where the directory cannot be written.
     """
     from filelock import FileLock, Timeout
 
-    lock_path = target.with_name(f".{target.name}.lock")
+    lock_path = lock_path or lock_path_of(target)
     with storage_errors(lock_path):
         lock_path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(lock_path)
@@ -194,11 +202,47 @@ def hold_lock(target: Path, progress: Progress) -> Iterator[None]:
         lock.release()
 
 
+@contextmanager
+def lock_at_once(target: Path) -> Iterator[None]:
+    """Hold the lock of `target` as `hold_lock` does. Raises StorageError if another has it."""
+    from filelock import FileLock, Timeout
+
+    lock_path = lock_path_of(target)
+    with storage_errors(lock_path):
+        lock = FileLock(lock_path)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise StorageError(
+                f"{target} is being prepared by another process; wait until it is done, or stop it"
+            ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def lock_path_of(target: Path) -> Path:
+    """Return the file that processes lock while they prepare `target`."""
+    return target.with_name(f".{target.name}.lock")
+
+
+def discard(path: Path) -> None:
+    """Remove a file or directory at once: nobody sees half of it. A link goes, not its target."""
+    with storage_errors(path):
+        if path.is_symlink() or not path.is_dir():
+            path.unlink(missing_ok=True)
+            return
+        old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}{OLD_MARK}"))
+        os.replace(path, old / path.name)
+        shutil.rmtree(old)
+
+
 def publish(work: Path, target: Path) -> None:
     """Rename a finished directory to its place; what was there before is removed."""
     with storage_errors(target):
         if target.exists():
-            old = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.old-"))
+            old = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}{OLD_MARK}"))
             os.replace(target, old / target.name)
             os.replace(work, target)
             shutil.rmtree(old)

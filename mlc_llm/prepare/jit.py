@@ -31,6 +31,7 @@ from mlc_llm.prepare.cache import (
     readable_name,
     storage_errors,
 )
+from mlc_llm.prepare.origin import note_user
 from mlc_llm.prepare.progress import Progress
 
 METADATA_NAME = "metadata.json"
@@ -75,6 +76,8 @@ def prepare_library(
     name = readable_name(f"{config.model_type}-{config.quantization}", key)
     target = home.library_directory / name
     if jit_policy.reads and is_whole(target):
+        if jit_policy is CachePolicy.ON:
+            note_user(target, artifact)
         return target
     if jit_policy is CachePolicy.READONLY:
         raise LibraryError(
@@ -87,6 +90,7 @@ def prepare_library(
         return directory
     with hold_lock(target, progress):
         if jit_policy.reads and is_whole(target):  # made by the process we waited for
+            note_user(target, artifact)
             return target
         work = target.with_name(name + ".partial")
         with storage_errors(work):
@@ -95,6 +99,7 @@ def prepare_library(
         try:
             _compile(config, device, opt, compile_overrides, work, progress)
             publish(work, target)
+            note_user(target, artifact)
         finally:
             shutil.rmtree(work, ignore_errors=True)
     return target
@@ -115,14 +120,8 @@ def _can_write(directory: Path, progress: Progress) -> bool:
 
 def library_key(config: ChatConfig, target: Mapping[str, Any], overrides: Mapping[str, Any]) -> str:
     """Return the hash of everything a compiled library depends on."""
-    from mlc_llm import __version__
-
     described = {
-        "layout": _LAYOUT_VERSION,
-        "library_format": LibraryMetadata.format_version,
-        "mlc_llm": __version__,
-        "code": _compiler_digest(),
-        "compiler": {name: importlib.metadata.version(name) for name in _COMPILER_PACKAGES},
+        **compiler_release(),
         "model_type": config.model_type,
         "quantization": config.quantization,
         "model_task": config.model_task,
@@ -137,6 +136,25 @@ def library_key(config: ChatConfig, target: Mapping[str, Any], overrides: Mappin
         "overrides": overrides,
     }
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+
+
+def compiler_release() -> dict[str, Any]:
+    """Return what compiles here: our own code and TVM's version. It is part of every key."""
+    from mlc_llm import __version__
+
+    return {
+        "layout": _LAYOUT_VERSION,
+        "library_format": LibraryMetadata.format_version,
+        "mlc_llm": __version__,
+        "code": _compiler_digest(),
+        "compiler": {name: importlib.metadata.version(name) for name in _COMPILER_PACKAGES},
+    }
+
+
+def is_current(directory: Path) -> bool:
+    """Return whether a cached library could be used by a model: whole, and of this release."""
+    manifest = directory / _MANIFEST_NAME
+    return is_whole(directory) and read_json_object(manifest).get("release") == compiler_release()
 
 
 def is_whole(directory: Path) -> bool:
@@ -186,5 +204,6 @@ def _compile(
     with storage_errors(directory):
         compiled.save_objects(directory)
         files = {path.name: path.stat().st_size for path in sorted(directory.iterdir())}
-        write_atomically(directory / _MANIFEST_NAME, json.dumps({"files": files}, indent=2) + "\n")
+        manifest = {"files": files, "release": compiler_release()}
+        write_atomically(directory / _MANIFEST_NAME, json.dumps(manifest, indent=2) + "\n")
     progress.finish()

@@ -7,7 +7,6 @@ how to download, read weights or quantize.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import re
 import shutil
@@ -48,6 +47,7 @@ from mlc_llm.prepare.demo import (
     find_demo_model,
 )
 from mlc_llm.prepare.download import HubAccess, fetch, is_repo, parse_repo
+from mlc_llm.prepare.origin import Origin, conversion_key, write_origin
 from mlc_llm.prepare.progress import Progress
 
 if TYPE_CHECKING:
@@ -56,8 +56,6 @@ if TYPE_CHECKING:
     from mlc_llm.weights.convert import ConvertSummary
 
 DEFAULT_QUANTIZATION = "q4f16_1"
-_CONVERSION_VERSION = 2  # raised when artifacts converted before must be made again
-_SOURCE_SUFFIXES = (".json", ".jinja", ".safetensors", ".gguf", ".model", ".txt")
 
 
 def prepare_artifact(
@@ -190,7 +188,7 @@ def _converted(
         _convert_model(source, directory, quantization, progress)
         return directory
     label = source.name if source.is_dir() else source.stem
-    name = readable_name(f"{label}-{quantization}", _source_key(source, quantization))
+    name = readable_name(f"{label}-{quantization}", conversion_key(source, quantization))
     target = home.local_directory / name
     if policy.reads and _is_artifact(target):
         return target
@@ -208,7 +206,10 @@ def _converted(
             if policy is CachePolicy.REDO and work.exists():
                 shutil.rmtree(work)
             work.mkdir(exist_ok=True)
+        origin = Origin.of(source, quantization)
         _convert_model(source, work, quantization, progress)
+        with storage_errors(work):
+            write_origin(work, origin)
         publish(work, target)
     return target
 
@@ -222,19 +223,6 @@ def _is_artifact(directory: Path) -> bool:
     except MlcError:
         return False
     return True
-
-
-def _source_key(source: Path, quantization: str) -> str:
-    """Return a hash that changes when files of the source do."""
-    from mlc_llm import __version__
-
-    if source.is_file():
-        files = [source]
-    else:
-        files = [p for p in sorted(source.iterdir()) if p.suffix.lower() in _SOURCE_SUFFIXES]
-    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    described = [_CONVERSION_VERSION, __version__, str(source.resolve()), stats, quantization]
-    return hashlib.sha256(json.dumps(described).encode()).hexdigest()
 
 
 def _convert_model(source: Path, output: Path, quantization: str, progress: Progress) -> None:
@@ -277,10 +265,23 @@ def convert_weights(
             progress.advance(done - counted)
             counted = done
 
-        with storage_errors(output):
+        with _only_writer(output, progress), storage_errors(output):
             summary = convert(plan, weights, output, count)
         progress.finish()
     return summary
+
+
+@contextlib.contextmanager
+def _only_writer(output: Path, progress: Progress) -> Iterator[None]:
+    """Let one process at a time convert into a directory; the lock file is gone afterwards."""
+    lock_path = output / ".convert.lock"
+    with hold_lock(output, progress, lock_path=lock_path):
+        try:
+            yield
+        finally:
+            # Removed while held: who waits for it sees that, and takes a new one.
+            with contextlib.suppress(OSError):  # Windows keeps files that are open
+                lock_path.unlink()
 
 
 def write_chat_config_for(

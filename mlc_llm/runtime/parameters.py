@@ -41,7 +41,7 @@ def load_parameters(
             return mapped
     progress("pack weights for this CPU")
     packed = _pack(artifact, library)
-    if cache is None or not _write_packed(cache, packed):
+    if cache is None or not _write_packed(cache, packed, artifact):
         return packed
     # Mapped pages can be shared and dropped by the system; the copies above are freed.
     mapped = _map_packed(cache)
@@ -88,14 +88,28 @@ def pack_parameters(library: Library, portable: Iterable[NDArray[Any]]) -> list[
     return [as_array(tensor) for tensor in packed]
 
 
-def _write_packed(path: Path, arrays: list[NDArray[Any]]) -> bool:
-    """Write arrays to a cache file, whole or not at all; False where that is not possible."""
+def packed_artifact(path: Path) -> str | None:
+    """Return the artifact a file of packed parameters was made of, None where it does not say."""
+    try:
+        with path.open("rb") as stream:
+            return str(json.loads(stream.read(_HEADER_BYTES))["artifact"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _write_packed(path: Path, arrays: list[NDArray[Any]], artifact: Path) -> bool:
+    """Write arrays to a cache file, whole or not at all; False where that is not possible.
+
+    Other models may share the library: their files stay, unless the models are gone.
+    """
     records: list[tuple[list[int], str, int]] = []
     offset = _HEADER_BYTES
     for array in arrays:
         records.append((list(array.shape), array.dtype.name, offset))
         offset += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
-    header = json.dumps({"format": _FORMAT, "size": offset, "arrays": records}).encode()
+    owner = str(artifact.resolve())
+    content = {"format": _FORMAT, "artifact": owner, "size": offset, "arrays": records}
+    header = json.dumps(content).encode()
     if len(header) >= _HEADER_BYTES:
         return False
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -111,7 +125,8 @@ def _write_packed(path: Path, arrays: list[NDArray[Any]]) -> bool:
         temporary.unlink(missing_ok=True)
         return False
     for stale in path.parent.glob("packed-*.bin"):
-        if stale != path:
+        other = packed_artifact(stale)
+        if stale != path and (other in (None, owner) or not Path(str(other)).exists()):
             stale.unlink(missing_ok=True)
     return True
 

@@ -185,3 +185,24 @@ def test_weights_that_do_not_fit(place, tiny_models) -> None:
 def test_artifact_without_weights(place, tmp_path) -> None:
     with pytest.raises(ModelNotFound, match="has no weights; run `mlc_llm convert_weight`"):
         load_parameters(tmp_path, place.library, place.reports.append)
+
+
+def test_models_that_share_a_library_keep_their_files(place) -> None:
+    place.load()
+    other = place.artifact.with_name("other")
+    shutil.copytree(place.artifact, other)
+    index = other / "tensor-cache.json"
+    index.write_text(index.read_text() + " ")
+    load_parameters(other, place.library, place.reports.append)
+    owners = {parameters.packed_artifact(path) for path in place.cache_files}
+    assert owners == {str(place.artifact.resolve()), str(other.resolve())}
+    place.load()
+    assert place.num_packings == 2
+    # The file of a model that is gone goes when the next one is written.
+    shutil.rmtree(other)
+    index = place.artifact / "tensor-cache.json"
+    index.write_text(index.read_text() + " ")
+    place.load()
+    assert [parameters.packed_artifact(path) for path in place.cache_files] == [
+        str(place.artifact.resolve())
+    ]
