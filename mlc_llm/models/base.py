@@ -17,7 +17,7 @@ from mlc_llm.models.config import DecoderConfig
 from mlc_llm.models.plan import ParamRule
 from mlc_llm.nn import ops
 from mlc_llm.nn.decoder import Decoder, DecoderLayer
-from mlc_llm.nn.kv import PagedKV
+from mlc_llm.nn.kv import PagedKV, RopeTable
 from mlc_llm.nn.linear import Embedding, Linear
 from mlc_llm.nn.mlp import GatedMLP
 from mlc_llm.nn.norm import RMSNorm
@@ -29,17 +29,27 @@ STEP_ENTRIES: Mapping[str, str] = {"chat": "forward", "embedding": "encode"}
 
 
 class CausalLM(nn.Module):
-    """A decoder with an output layer. One step: new tokens of several sequences -> logits.
+    """A model of text with an output layer. One step: new tokens of several sequences -> logits.
 
     A library for embeddings has `encode` in place of `forward`: hidden states instead of logits.
+    Subclasses say what happens to tokens: `hidden_states`, `final_norm` and `logits`.
     """
 
-    def __init__(self, config: DecoderConfig, dtype: str, model: Decoder) -> None:
+    def __init__(self, config: DecoderConfig, dtype: str) -> None:
         super().__init__()
         self.config, self.dtype_name = config, dtype
-        self.model = model
-        if not config.tie_word_embeddings:
-            self.lm_head = Linear(config.hidden_size, config.vocab_size, dtype)
+
+    def hidden_states(self, token_ids: nn.Tensor, kv: PagedKV) -> nn.Tensor:
+        """Embed the tokens (n) of a step and run all layers: (n, hidden) float32."""
+        raise NotImplementedError
+
+    def final_norm(self, hidden: nn.Tensor) -> nn.Tensor | Rows:
+        """Normalise rows (r, hidden) for the output layer."""
+        raise NotImplementedError
+
+    def logits(self, rows: nn.Tensor | Rows) -> nn.Tensor:
+        """Return (r, vocab) float32 for rows after the final norm."""
+        raise NotImplementedError
 
     def kv_layout(self) -> KVCacheLayout:
         """Return the shape of the KV pages that `forward` works on."""
@@ -69,9 +79,8 @@ class CausalLM(nn.Module):
         context_len (b), this step's tokens included; logit_rows (r), rows of the step.
         """
         kv = self._paged_kv(positions, query_start, slots, page_table, context_len, kv_pages)
-        rows = self._normed_rows(token_ids, logit_rows, kv)
-        head = self.model.embed_tokens.logits if self.config.tie_word_embeddings else self.lm_head
-        return head(rows), kv.pages
+        hidden = self.hidden_states(token_ids, kv)
+        return self.logits(self.final_norm(ops.take_rows(hidden, logit_rows))), kv.pages
 
     def encode(
         self,
@@ -89,7 +98,8 @@ class CausalLM(nn.Module):
         They are (r, hidden) float32, one for each of `logit_rows`.
         """
         kv = self._paged_kv(positions, query_start, slots, page_table, context_len, kv_pages)
-        return self._normed_rows(token_ids, logit_rows, kv).materialize(), kv.pages
+        hidden = self.hidden_states(token_ids, kv)
+        return ops.materialize(self.final_norm(ops.take_rows(hidden, logit_rows))), kv.pages
 
     def _paged_kv(
         self,
@@ -100,7 +110,15 @@ class CausalLM(nn.Module):
         context_len: nn.Tensor,
         kv_pages: list[nn.Tensor],
     ) -> PagedKV:
-        frequencies = nn.Tensor.from_const(self.config.rope.inverse_frequencies())
+        tables = [
+            RopeTable(
+                ops.rope_table(
+                    positions, nn.Tensor.from_const(rope.inverse_frequencies()), rope.table_scale
+                ),
+                rope.is_interleaved,
+            )
+            for rope in self.config.ropes
+        ]
         return PagedKV(
             positions=positions,
             query_start=query_start,
@@ -108,14 +126,8 @@ class CausalLM(nn.Module):
             page_table=page_table,
             context_len=context_len,
             pages=list(kv_pages),
-            rope_table=ops.rope_table(positions, frequencies, 1.0),
+            ropes=tables,
         )
-
-    def _normed_rows(self, token_ids: nn.Tensor, rows: nn.Tensor, kv: PagedKV) -> Rows:
-        """Run all layers; return the given rows (r) of the step after the final norm."""
-        hidden = self.model(self.model.embed_tokens(token_ids), kv)
-        normed: Rows = self.model.norm(ops.take_rows(hidden, rows))
-        return normed
 
     def sample(
         self,
@@ -161,26 +173,65 @@ class CausalLM(nn.Module):
         return spec.ModuleSpec.from_raw({STEP_ENTRIES[task]: entry, "sample": sample}, self)
 
 
+class DecoderLM(CausalLM):
+    """The usual decoder: `model` with `embed_tokens`, `layers` and `norm`, and `lm_head`."""
+
+    def __init__(self, config: DecoderConfig, dtype: str, model: Decoder) -> None:
+        super().__init__(config, dtype)
+        self.model = model
+        if not config.tie_word_embeddings:
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, dtype)
+
+    def hidden_states(self, token_ids: nn.Tensor, kv: PagedKV) -> nn.Tensor:
+        """Embed the tokens (n) of a step and run all layers: (n, hidden) float32."""
+        return self.model(self.model.embed_tokens(token_ids), kv)
+
+    def final_norm(self, hidden: nn.Tensor) -> nn.Tensor | Rows:
+        """Normalise rows (r, hidden) for the output layer."""
+        return self.model.norm(hidden)
+
+    def logits(self, rows: nn.Tensor | Rows) -> nn.Tensor:
+        """Return (r, vocab) float32 for rows after the final norm."""
+        head = self.model.embed_tokens.logits if self.config.tie_word_embeddings else self.lm_head
+        return head(rows)
+
+
+def gated_mlp(config: DecoderConfig, dtype: str, layer: int) -> nn.Module:
+    """Make the feed-forward layer that most families share."""
+    del layer
+    hidden_size, width = config.hidden_size, config.intermediate_size
+    return GatedMLP(hidden_size, width, dtype, activation=config.hidden_act)
+
+
+LayerPart = Callable[[Any, str, int], nn.Module]
+
+
 def build_decoder(
     config: DecoderConfig,
     dtype: str,
-    attention: Callable[[Any, str, int], nn.Module],
-    mlp_bias: bool = False,
+    attention: LayerPart,
+    mlp: LayerPart = gated_mlp,
+    norm: Callable[[int, float, str], nn.Module] = RMSNorm,
+    language_model: type[DecoderLM] = DecoderLM,
 ) -> CausalLM:
-    """Build the common pre-norm decoder; `attention(config, dtype, layer)` makes its attention."""
+    """Build the common pre-norm decoder.
+
+    attention and mlp make a layer's halves from (config, dtype, layer); norm a norm from (width,
+    eps, dtype).
+    """
     hidden_size, eps = config.hidden_size, config.rms_norm_eps
     layers = [
         DecoderLayer(
             attention(config, dtype, index),
-            GatedMLP(hidden_size, config.intermediate_size, dtype, mlp_bias),
-            hidden_size,
-            eps,
-            dtype,
+            mlp(config, dtype, index),
+            norm(hidden_size, eps, dtype),
+            norm(hidden_size, eps, dtype),
         )
         for index in range(config.num_hidden_layers)
     ]
     table = Embedding(config.vocab_size, hidden_size, dtype)
-    return CausalLM(config, dtype, Decoder(table, layers, RMSNorm(hidden_size, eps, dtype)))
+    decoder = Decoder(table, layers, norm(hidden_size, eps, dtype))
+    return language_model(config, dtype, decoder)
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from mlc_llm.errors import CorruptFile, OptionError, UnsupportedModel
+from mlc_llm.nn.activations import ACTIVATIONS
 from mlc_llm.nn.rope import SUPPORTED_SCALINGS, RopeConfig, scaling_kind
 
 Config = TypeVar("Config", bound="DecoderConfig")
@@ -32,7 +33,14 @@ _OVERRIDES = (
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """Shape and limits of a decoder; the fields of MLC LLM's `model_config` and a few of ours."""
+    """Shape and limits of a decoder; the fields of MLC LLM's `model_config` and a few of ours.
+
+    ALIASES: other names that `config.json` or MLC LLM's `model_config` of the family give a field;
+    the first of them is written to `model_config` as well. partial_rotary_factor: the share of
+    `head_dim` that is rotated.
+    """
+
+    ALIASES: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
     hidden_size: int
     intermediate_size: int
@@ -50,6 +58,7 @@ class DecoderConfig:
     tie_word_embeddings: bool = False
     rope_scaling: dict[str, Any] | None = None
     hidden_act: str = "silu"
+    partial_rotary_factor: float = 1.0
     tensor_parallel_shards: int = 1
     pipeline_parallel_stages: int = 1
     max_batch_size: int = 128
@@ -76,10 +85,20 @@ class DecoderConfig:
                 f"{self.num_attention_heads} attention heads cannot share "
                 f"{self.num_key_value_heads} key/value heads evenly"
             )
-        if self.head_dim % 2:
-            raise UnsupportedModel(f"head_dim must be even for rotary embeddings: {self.head_dim}")
-        if self.hidden_act not in ("silu", "swish"):
-            raise UnsupportedModel(f"activation {self.hidden_act!r} is not supported; use silu")
+        if not 0 <= self.partial_rotary_factor <= 1:
+            raise CorruptFile(
+                f"model configuration: partial_rotary_factor is {self.partial_rotary_factor!r}"
+            )
+        if any(rope.rotary_dim % 2 for rope in self.ropes):
+            raise UnsupportedModel(
+                f"an even number of dimensions must be rotated, not {self.rotary_dim} of a head "
+                f"of {self.head_dim}"
+            )
+        if self.hidden_act not in ACTIVATIONS:
+            raise UnsupportedModel(
+                f"activation {self.hidden_act!r} is not supported; "
+                f"supported: {', '.join(ACTIVATIONS)}"
+            )
         if self.rope_scaling is not None and not isinstance(self.rope_scaling, dict):
             raise CorruptFile(f"model configuration: rope_scaling is {self.rope_scaling!r:.80}")
         if scaling_kind(self.rope_scaling) not in SUPPORTED_SCALINGS:
@@ -87,6 +106,8 @@ class DecoderConfig:
                 f"RoPE scaling {scaling_kind(self.rope_scaling)!r} is not supported; "
                 f"supported: {', '.join(SUPPORTED_SCALINGS)}"
             )
+        for rope in self.ropes:
+            rope.inverse_frequencies()  # raises where a value is missing
         for name in ("tensor_parallel_shards", "pipeline_parallel_stages"):
             if getattr(self, name) != 1:
                 raise OptionError(
@@ -98,9 +119,20 @@ class DecoderConfig:
             )
 
     @property
-    def rope(self) -> RopeConfig:
-        """Return the rotary embedding."""
-        return RopeConfig(self.position_embedding_base, self.head_dim, self.rope_scaling)
+    def rotary_dim(self) -> int:
+        """Return how many dimensions of a head are rotated."""
+        return int(self.head_dim * self.partial_rotary_factor)
+
+    @property
+    def ropes(self) -> tuple[RopeConfig, ...]:
+        """Return the rotary embeddings of the model, none where positions enter otherwise."""
+        base, context = self.position_embedding_base, self.context_window_size
+        return (RopeConfig(base, self.rotary_dim, self.rope_scaling, context),)
+
+    def rope_of(self, layer: int) -> int | None:
+        """Return which of `ropes` a layer uses, None for none."""
+        del layer
+        return 0 if self.ropes else None
 
     @property
     def qkv_features(self) -> int:
@@ -120,7 +152,8 @@ class DecoderConfig:
 
     def to_json(self) -> dict[str, Any]:
         """Return `model_config` as an artifact stores it."""
-        return dataclasses.asdict(self)
+        values = dataclasses.asdict(self)
+        return {**values, **{names[0]: values[name] for name, names in self.ALIASES.items()}}
 
     def with_overrides(self: Config, overrides: Mapping[str, Any]) -> Config:
         """Return a copy with compile-time settings replaced. Raises OptionError."""
@@ -145,7 +178,17 @@ class DecoderConfig:
     @classmethod
     def from_huggingface(cls: type[Config], config: Mapping[str, Any]) -> Config:
         """Build from the content of `config.json`. Raises CorruptFile or UnsupportedModel."""
-        return cls(**cls.huggingface_fields(config))
+        return cls(**cls.huggingface_fields(cls._with_own_names(config)))
+
+    @classmethod
+    def _with_own_names(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the fields, those under other names also under ours."""
+        values = dict(config)
+        for name, names in cls.ALIASES.items():
+            found = [values[other] for other in names if values.get(other) is not None]
+            if values.get(name) is None and found:
+                values[name] = found[0]
+        return values
 
     @classmethod
     def huggingface_fields(cls, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -153,7 +196,7 @@ class DecoderConfig:
         heads = take_int(config, "num_attention_heads")
         hidden_size = take_int(config, "hidden_size")
         context = take_int(config, "max_position_embeddings", "max_sequence_length")
-        theta, scaling = _rope_of(config, context)
+        rope = read_rope(config, context)
         return {
             "hidden_size": hidden_size,
             "intermediate_size": take_int(config, "intermediate_size"),
@@ -163,8 +206,9 @@ class DecoderConfig:
             "vocab_size": take_int(config, "vocab_size"),
             "num_key_value_heads": config.get("num_key_value_heads") or heads,
             "head_dim": config.get("head_dim") or hidden_size // max(heads, 1),
-            "position_embedding_base": theta,
-            "rope_scaling": scaling,
+            "position_embedding_base": rope.base,
+            "rope_scaling": rope.scaling,
+            "partial_rotary_factor": rope.partial_factor,
             "context_window_size": context,
             "prefill_chunk_size": min(context, DEFAULT_PREFILL_CHUNK),
             "tie_word_embeddings": bool(config.get("tie_word_embeddings", False)),
@@ -174,6 +218,7 @@ class DecoderConfig:
     @classmethod
     def from_json(cls: type[Config], model_config: Mapping[str, Any]) -> Config:
         """Build from an artifact's `model_config`, ours or MLC LLM's. Raises CorruptFile."""
+        model_config = cls._with_own_names(model_config)
         known = {f.name for f in dataclasses.fields(cls)}
         values = {name: value for name, value in model_config.items() if name in known}
         heads = take_int(model_config, "num_attention_heads")
@@ -209,13 +254,32 @@ def take_int(config: Mapping[str, Any], *names: str) -> int:
     raise CorruptFile(f"configuration lacks {' or '.join(names)}; is this a language model?")
 
 
-def _rope_of(config: Mapping[str, Any], context: int) -> tuple[float, dict[str, Any] | None]:
+@dataclass(frozen=True)
+class RopeFields:
+    """What a `config.json` says of its rotary embedding."""
+
+    base: float
+    scaling: dict[str, Any] | None
+    partial_factor: float
+
+
+def read_rope(config: Mapping[str, Any], context: int, base: float = 10000.0) -> RopeFields:
+    """Read the rotary embedding; `base` where none is named. Raises CorruptFile."""
     # transformers 5 writes `rope_parameters`, older releases `rope_theta` and `rope_scaling`.
-    parameters = config.get("rope_parameters")
-    scaling = dict(parameters or config.get("rope_scaling") or {})
-    theta = float(scaling.pop("rope_theta", None) or config.get("rope_theta") or 10000.0)
+    found = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(found, Mapping):
+        raise CorruptFile(f"configuration: rope_scaling is {found!r:.80}")
+    scaling = dict(found)
+    try:
+        theta = float(scaling.pop("rope_theta", None) or config.get("rope_theta") or base)
+        factor = scaling.pop("partial_rotary_factor", None)
+        factor = config.get("partial_rotary_factor") if factor is None else factor
+        partial_factor = 1.0 if factor is None else float(factor)
+    except (TypeError, ValueError) as error:
+        raise CorruptFile(f"configuration: rotary embedding: {error}") from None
     if scaling_kind(scaling) == "default":
-        return theta, None
-    if scaling_kind(scaling) == "llama3":
-        scaling.setdefault("original_max_position_embeddings", context)
-    return theta, scaling
+        return RopeFields(theta, None, partial_factor)
+    if scaling.get("original_max_position_embeddings") is None:
+        trained = config.get("original_max_position_embeddings")
+        scaling["original_max_position_embeddings"] = trained or context
+    return RopeFields(theta, scaling, partial_factor)

@@ -13,6 +13,7 @@ from mlc_llm.models.base import PAGE_SIZE, CausalLM, Family, build_decoder
 from mlc_llm.models.config import DecoderConfig
 from mlc_llm.nn.kv import PagedKV
 from mlc_llm.nn.linear import Linear
+from mlc_llm.nn.mlp import GatedMLP
 from mlc_llm.nn.ops import Rows
 
 FUSED = {
@@ -57,7 +58,7 @@ class LlamaAttention(nn.Module):
 
     def __init__(self, config: LlamaConfig, dtype: str, layer: int) -> None:
         super().__init__()
-        self.shape = attention_shape(config, layer)
+        self.shape, self.rope = attention_shape(config, layer), config.rope_of(layer)
         width = config.num_attention_heads * config.head_dim
         bias = config.attention_bias
         self.qkv_proj = Linear(config.hidden_size, config.qkv_features, dtype, bias)
@@ -65,12 +66,19 @@ class LlamaAttention(nn.Module):
 
     def forward(self, x: nn.Tensor | Rows, kv: PagedKV, layer: int) -> nn.Tensor:
         """Return (n, hidden) float32."""
-        return self.o_proj(kv.attend(layer, self.qkv_proj(x), self.shape))
+        return self.o_proj(kv.attend(layer, self.qkv_proj(x), self.shape, self.rope))
 
 
 def build(config: LlamaConfig, dtype: str) -> CausalLM:
     """Build the unquantized module with parameters of `dtype`."""
-    return build_decoder(config, dtype, LlamaAttention, config.mlp_bias)
+    return build_decoder(config, dtype, LlamaAttention, llama_mlp)
+
+
+def llama_mlp(config: LlamaConfig, dtype: str, layer: int) -> GatedMLP:
+    """Make a feed-forward layer; the configuration says whether it has biases."""
+    del layer
+    width = config.intermediate_size
+    return GatedMLP(config.hidden_size, width, dtype, config.mlp_bias, config.hidden_act)
 
 
 FAMILY = Family("llama", ("LlamaForCausalLM",), LlamaConfig, build, FUSED)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from tvm.relax.frontend import nn
 
@@ -19,6 +19,8 @@ from mlc_llm.nn.ops import Rows
 @dataclass(frozen=True)
 class Qwen2Config(DecoderConfig):
     """Layers from `max_window_layers` on use the sliding window, where there is one."""
+
+    ALIASES: ClassVar[Mapping[str, tuple[str, ...]]] = {"position_embedding_base": ("rope_theta",)}
 
     max_window_layers: int = 0
 
@@ -36,24 +38,20 @@ class Qwen2Config(DecoderConfig):
         """Return the window of a layer, -1 for none."""
         return super().window_of(layer) if layer >= self.max_window_layers else -1
 
-    def to_json(self) -> dict[str, Any]:
-        """Return `model_config`; MLC LLM's readers want the base as `rope_theta`."""
-        return {**super().to_json(), "rope_theta": self.position_embedding_base}
-
 
 class Qwen2Attention(nn.Module):
     """Grouped-query attention; q, k and v fused with their biases as `c_attn`."""
 
     def __init__(self, config: Qwen2Config, dtype: str, layer: int) -> None:
         super().__init__()
-        self.shape = attention_shape(config, layer)
+        self.shape, self.rope = attention_shape(config, layer), config.rope_of(layer)
         width = config.num_attention_heads * config.head_dim
         self.c_attn = Linear(config.hidden_size, config.qkv_features, dtype, bias=True)
         self.o_proj = Linear(width, config.hidden_size, dtype)
 
     def forward(self, x: nn.Tensor | Rows, kv: PagedKV, layer: int) -> nn.Tensor:
         """Return (n, hidden) float32."""
-        return self.o_proj(kv.attend(layer, self.c_attn(x), self.shape))
+        return self.o_proj(kv.attend(layer, self.c_attn(x), self.shape, self.rope))
 
 
 def build(config: Qwen2Config, dtype: str) -> CausalLM:
@@ -61,8 +59,8 @@ def build(config: Qwen2Config, dtype: str) -> CausalLM:
     return build_decoder(config, dtype, Qwen2Attention)
 
 
-_PARTS = {
+PARTS = {
     "self_attn.c_attn": FUSED["self_attn.qkv_proj"],
     "mlp.gate_up_proj": FUSED["mlp.gate_up_proj"],
 }
-FAMILY = Family("qwen2", ("Qwen2ForCausalLM",), Qwen2Config, build, _PARTS)
+FAMILY = Family("qwen2", ("Qwen2ForCausalLM",), Qwen2Config, build, PARTS)

@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlc_llm.errors import OptionError, UnsupportedModel
-from mlc_llm.models import llama, mistral, qwen2
+from mlc_llm.models import llama, mistral, qwen2, qwen3
 from mlc_llm.models.base import Family
 
-FAMILIES: dict[str, Family] = {
-    family.name: family for family in (llama.FAMILY, mistral.FAMILY, qwen2.FAMILY)
-}
+_MODULES = (llama, mistral, qwen2, qwen3)
+FAMILIES: dict[str, Family] = {module.FAMILY.name: module.FAMILY for module in _MODULES}
 
 
 def find_family(config: Mapping[str, Any], model_type: str = "auto") -> Family:

@@ -9,20 +9,23 @@ from tvm.relax.frontend import nn
 from mlc_llm.nn import ops
 from mlc_llm.nn.kv import PagedKV
 from mlc_llm.nn.linear import Embedding
-from mlc_llm.nn.norm import RMSNorm
 
 
 class DecoderLayer(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
     def __init__(
-        self, self_attn: nn.Module, mlp: nn.Module, hidden_size: int, eps: float, dtype: str
+        self,
+        self_attn: nn.Module,
+        mlp: nn.Module,
+        input_layernorm: nn.Module,
+        post_attention_layernorm: nn.Module,
     ) -> None:
         super().__init__()
         self.self_attn = self_attn
         self.mlp = mlp
-        self.input_layernorm = RMSNorm(hidden_size, eps, dtype)
-        self.post_attention_layernorm = RMSNorm(hidden_size, eps, dtype)
+        self.input_layernorm = input_layernorm
+        self.post_attention_layernorm = post_attention_layernorm
 
     def forward(self, x: nn.Tensor, kv: PagedKV, layer: int) -> nn.Tensor:
         """Return (n, hidden) float32."""
@@ -31,10 +34,10 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedding, layers and final norm."""
+    """Embedding, layers and final norm. A layer takes (x, kv, its number)."""
 
     def __init__(
-        self, embed_tokens: Embedding, layers: Sequence[DecoderLayer], norm: RMSNorm
+        self, embed_tokens: Embedding, layers: Sequence[nn.Module], norm: nn.Module
     ) -> None:
         super().__init__()
         self.embed_tokens = embed_tokens

@@ -14,6 +14,14 @@ from mlc_llm.kernels.cpu.attention import AttentionShape
 from mlc_llm.nn import ops
 
 
+@dataclass(frozen=True)
+class RopeTable:
+    """Cosines and sines of a step's positions, (n, rotary_dim) float32."""
+
+    table: nn.Tensor
+    is_interleaved: bool
+
+
 @dataclass
 class PagedKV:
     """Step inputs, all int32, and one page tensor per layer (see `LibraryMetadata.kv_cache`)."""
@@ -24,13 +32,21 @@ class PagedKV:
     page_table: nn.Tensor  # (b, p)
     context_len: nn.Tensor  # (b)
     pages: list[nn.Tensor]
-    rope_table: nn.Tensor  # (n, rotary_dim) float32
+    ropes: list[RopeTable]
 
-    def attend(self, layer: int, qkv: nn.Tensor, shape: AttentionShape) -> nn.Tensor:
-        """Write K and V of this step, attend; qkv (n, (h + 2 kv) * d) -> (n, h * d)."""
+    def attend(
+        self, layer: int, qkv: nn.Tensor, shape: AttentionShape, rope: int | None = 0
+    ) -> nn.Tensor:
+        """Write K and V of this step, attend; qkv (n, (h + 2 kv) * d) -> (n, h * d).
+
+        rope: which of `ropes` turns queries and keys, None for none.
+        """
         shape = dataclasses.replace(shape, kv_dtype=self.pages[layer].dtype)
+        table, is_interleaved = None, False
+        if rope is not None:
+            table, is_interleaved = self.ropes[rope].table, self.ropes[rope].is_interleaved
         q, self.pages[layer] = ops.rope_and_write(
-            qkv, self.rope_table, self.slots, self.pages[layer], shape
+            qkv, table, self.slots, self.pages[layer], shape, is_interleaved
         )
         return ops.paged_attention(
             q,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -31,10 +32,15 @@ from mlc_llm.kernels.cpu.attention import AttentionShape
 from mlc_llm.kernels.cpu.group_linear import GroupFormat
 from mlc_llm.kernels.cpu.vector_math import LANES
 
-_kernel = functools.lru_cache(maxsize=None)(lambda factory, *args: factory(*args))
+
+@functools.cache
+def kernel_of(factory: Callable[..., Any], *args: Hashable) -> Any:
+    """Return factory(*args); equal layers share it."""
+    return factory(*args)
 
 
-def _emit(name: str, kernel: Any, args: list[Any], shape: list[Any], dtype: str = "float32") -> Any:
+def emit(name: str, kernel: Any, args: list[Any], shape: list[Any], dtype: str = "float32") -> Any:
+    """Return the result, of that shape and dtype, of a kernel's call."""
     out = nn.Tensor.placeholder(shape, dtype)
     return nn.op.tensor_ir_op(kernel, name, args, out)
 
@@ -60,10 +66,10 @@ class Rows:
     def materialize(self) -> nn.Tensor:
         """Return the rows as a tensor."""
         if self.kind == "rms_norm":
-            kernel = _kernel(elementwise.rms_norm, self.width, self.inputs[1].dtype, self.eps)
+            kernel = kernel_of(elementwise.rms_norm, self.width, self.inputs[1].dtype, self.eps)
         else:
-            kernel = _kernel(elementwise.silu_mul, self.width)
-        return _emit(self.kind, kernel, list(self.inputs), [self.inputs[0].shape[0], self.width])
+            kernel = kernel_of(elementwise.silu_mul, self.width)
+        return emit(self.kind, kernel, list(self.inputs), [self.inputs[0].shape[0], self.width])
 
 
 def rms_norm(x: nn.Tensor, weight: nn.Tensor, eps: float) -> Rows:
@@ -83,56 +89,57 @@ def _extents(x: nn.Tensor | Rows) -> tuple[Any, int]:
     return tensor.shape[0], int(tensor.shape[1])
 
 
-def _tensor(x: nn.Tensor | Rows) -> nn.Tensor:
+def materialize(x: nn.Tensor | Rows) -> nn.Tensor:
+    """Return the rows as a tensor."""
     return x.materialize() if isinstance(x, Rows) else x
 
 
 def add(x: nn.Tensor, y: nn.Tensor) -> nn.Tensor:
     """Return x + y, both (n, width) float32."""
-    return _emit("add", _kernel(elementwise.add, int(x.shape[1])), [x, y], x.shape)
+    return emit("add", kernel_of(elementwise.add, int(x.shape[1])), [x, y], x.shape)
 
 
 def take_rows(x: nn.Tensor, rows: nn.Tensor) -> nn.Tensor:
     """Return the given rows of x (n, width); rows (r) int32."""
-    kernel = _kernel(elementwise.take_rows, int(x.shape[1]))
-    return _emit("take_rows", kernel, [x, rows], [rows.shape[0], x.shape[1]])
+    kernel = kernel_of(elementwise.take_rows, int(x.shape[1]))
+    return emit("take_rows", kernel, [x, rows], [rows.shape[0], x.shape[1]])
 
 
 def pack_linear(weight: nn.Tensor) -> nn.Tensor:
     """Return an (out, in) weight in the kernel's layout; lifted into `pack_params`."""
     out_features, in_features = (int(extent) for extent in weight.shape)
-    kernel = _kernel(linear.interleave, out_features, in_features, weight.dtype, False)
+    kernel = kernel_of(linear.interleave, out_features, in_features, weight.dtype, False)
     shape = list(linear.packed_shape(out_features, in_features))
-    return _emit("pack_linear", kernel, [weight], shape, weight.dtype)
+    return emit("pack_linear", kernel, [weight], shape, weight.dtype)
 
 
 def linear_packed(
     x: nn.Tensor | Rows, packed: nn.Tensor, bias: nn.Tensor | None, out_features: int
 ) -> nn.Tensor:
     """Return x · weightᵀ (+ bias); x (n, in) float32."""
-    x = _tensor(x)
+    x = materialize(x)
     n, in_features = x.shape
     rows = linear.ROWS if _has_wide_registers() else linear.FEW_ROWS
-    kernel = _kernel(
+    kernel = kernel_of(
         linear.matmul, out_features, int(in_features), packed.dtype, bias is not None, rows
     )
     args = [x, packed] if bias is None else [x, packed, bias]
-    return _emit("linear", kernel, args, [n, out_features])
+    return emit("linear", kernel, args, [n, out_features])
 
 
 def embed_packed(ids: nn.Tensor, packed: nn.Tensor, num_embeddings: int) -> nn.Tensor:
     """Return rows of a packed table as float32; ids (n) int32."""
     features = int(packed.shape[1])
-    kernel = _kernel(linear.embed, num_embeddings, features, packed.dtype)
-    return _emit("embed", kernel, [ids, packed], [ids.shape[0], features])
+    kernel = kernel_of(linear.embed, num_embeddings, features, packed.dtype)
+    return emit("embed", kernel, [ids, packed], [ids.shape[0], features])
 
 
 def pack_pairs(weight: nn.Tensor) -> nn.Tensor:
     """Return an (out, in) bfloat16 weight as pairs of inputs; lifted into `pack_params`."""
     out_features, in_features = (int(extent) for extent in weight.shape)
-    kernel = _kernel(bf16_linear.pack, out_features, in_features)
+    kernel = kernel_of(bf16_linear.pack, out_features, in_features)
     shape = list(bf16_linear.packed_shape(out_features, in_features))
-    return _emit("pack_pairs", kernel, [weight], shape, "uint32")
+    return emit("pack_pairs", kernel, [weight], shape, "uint32")
 
 
 def bf16_linear_packed(
@@ -141,23 +148,23 @@ def bf16_linear_packed(
     """Return bfloat16(x) · weightᵀ (+ bias), float32; packed by `pack_pairs`."""
     n, in_features = _extents(x)
     source, inputs = _source(x)
-    kernel = _kernel(bf16_activations.round_activations, in_features, source, isa)
+    kernel = kernel_of(bf16_activations.round_activations, in_features, source, isa)
     step = bf16_activations.ROW_STEP
     shape = [(n + step - 1) // step * step, bf16_activations.row_words(in_features)]
     name = "round" if source.kind == "plain" else f"{source.kind}_round"
-    pairs = _emit(name, kernel, list(inputs), shape, "int32")
+    pairs = emit(name, kernel, list(inputs), shape, "int32")
     bias_dtype = None if bias is None else bias.dtype
-    kernel = _kernel(bf16_linear.matmul, out_features, in_features, isa, bias_dtype)
+    kernel = kernel_of(bf16_linear.matmul, out_features, in_features, isa, bias_dtype)
     args = [pairs, packed] if bias is None else [pairs, packed, bias]
-    return _emit("bf16_linear", kernel, args, [n, out_features])
+    return emit("bf16_linear", kernel, args, [n, out_features])
 
 
 def bf16_embed_packed(
     ids: nn.Tensor, packed: nn.Tensor, num_embeddings: int, features: int
 ) -> nn.Tensor:
     """Return rows of a table packed by `pack_pairs` as float32; ids (n) int32."""
-    kernel = _kernel(bf16_linear.embed, num_embeddings, features)
-    return _emit("embed", kernel, [ids, packed], [ids.shape[0], features])
+    kernel = kernel_of(bf16_linear.embed, num_embeddings, features)
+    return emit("embed", kernel, [ids, packed], [ids.shape[0], features])
 
 
 def pack_group(
@@ -177,14 +184,14 @@ def pack_group(
     packed_form = form.with_byte_codes() if byte_codes else form
     words = groups * packed_form.words_per_group
     if packed_form == form:
-        kernel = _kernel(linear.interleave, rows, words, "uint32", form.is_transposed)
+        kernel = kernel_of(linear.interleave, rows, words, "uint32", form.is_transposed)
     else:
-        kernel = _kernel(group_linear.widen_codes, rows, in_features, form)
+        kernel = kernel_of(group_linear.widen_codes, rows, in_features, form)
     blocks = linear.num_blocks(rows)
-    packed_words = _emit("pack_words", kernel, [q_weight], [blocks, words, LANES], "uint32")
-    kernel = _kernel(linear.interleave, rows, groups, q_scale.dtype, form.is_transposed)
+    packed_words = emit("pack_words", kernel, [q_weight], [blocks, words, LANES], "uint32")
+    kernel = kernel_of(linear.interleave, rows, groups, q_scale.dtype, form.is_transposed)
     shape = [blocks, groups, LANES]
-    return packed_words, _emit("pack_scales", kernel, [q_scale], shape, q_scale.dtype)
+    return packed_words, emit("pack_scales", kernel, [q_scale], shape, q_scale.dtype)
 
 
 def group_linear_packed(
@@ -202,28 +209,28 @@ def group_linear_packed(
     bias_dtype = None if bias is None else bias.dtype
     extra = [] if bias is None else [bias]
     if int8_isa is None:
-        x = _tensor(x)
+        x = materialize(x)
         n, in_features = x.shape
         rows = linear.ROWS if _has_wide_registers() else linear.FEW_ROWS
-        kernel = _kernel(
+        kernel = kernel_of(
             group_linear.matmul, out_features, int(in_features), form, bias_dtype, rows
         )
-        return _emit("group_linear", kernel, [x, *packed, *extra], [n, out_features])
+        return emit("group_linear", kernel, [x, *packed, *extra], [n, out_features])
     n, in_features = _extents(x)
     shape = Int8Shape(out_features, in_features, form, int8_isa)
-    kernel = _kernel(int8_linear.matmul, shape, bias_dtype)
+    kernel = kernel_of(int8_linear.matmul, shape, bias_dtype)
     args = [_quantize_activations(x, shape), *packed, *extra]
-    return _emit("int8_linear", kernel, args, [n, out_features])
+    return emit("int8_linear", kernel, args, [n, out_features])
 
 
 def _quantize_activations(x: nn.Tensor | Rows, shape: Int8Shape) -> nn.Tensor:
     source, inputs = _source(x)
     # The kernel depends on the input alone: layers of one width share it.
     any_output = dataclasses.replace(shape, out_features=1)
-    kernel = _kernel(activations.quantize_activations, any_output, source)
+    kernel = kernel_of(activations.quantize_activations, any_output, source)
     tiles = (inputs[0].shape[0] + activations.TILE - 1) // activations.TILE
     name = "quantize" if source.kind == "plain" else f"{source.kind}_quantize"
-    return _emit(name, kernel, list(inputs), [tiles, shape.width * activations.TILE], "int32")
+    return emit(name, kernel, list(inputs), [tiles, shape.width * activations.TILE], "int32")
 
 
 def _source(x: nn.Tensor | Rows) -> tuple[Source, tuple[nn.Tensor, ...]]:
@@ -242,27 +249,39 @@ def group_embed_packed(
     form: GroupFormat,
 ) -> nn.Tensor:
     """Return dequantized rows as float32; ids (n) int32."""
-    kernel = _kernel(group_linear.embed, num_embeddings, features, form)
-    return _emit("group_embed", kernel, [ids, *packed], [ids.shape[0], features])
+    kernel = kernel_of(group_linear.embed, num_embeddings, features, form)
+    return emit("group_embed", kernel, [ids, *packed], [ids.shape[0], features])
 
 
 def rope_table(positions: nn.Tensor, frequencies: nn.Tensor, scale: float) -> nn.Tensor:
     """Return cosines and sines, (n, 2 * len(frequencies)); positions (n) int32."""
     rotary_dim = 2 * int(frequencies.shape[0])
-    kernel = _kernel(rope.rope_table, rotary_dim, scale)
-    return _emit("rope_table", kernel, [positions, frequencies], [positions.shape[0], rotary_dim])
+    kernel = kernel_of(rope.rope_table, rotary_dim, scale)
+    return emit("rope_table", kernel, [positions, frequencies], [positions.shape[0], rotary_dim])
 
 
 def rope_and_write(
-    qkv: nn.Tensor, table: nn.Tensor, slots: nn.Tensor, pages: nn.Tensor, shape: AttentionShape
+    qkv: nn.Tensor,
+    table: nn.Tensor | None,
+    slots: nn.Tensor,
+    pages: nn.Tensor,
+    shape: AttentionShape,
+    is_interleaved: bool = False,
 ) -> tuple[nn.Tensor, nn.Tensor]:
-    """Rotate q and k, write k and v into `pages` in place; return q and the same pages."""
-    rotary_dim = int(table.shape[1])
-    kernel = _kernel(rope.rope_and_write, shape, rotary_dim)
+    """Rotate q and k, write k and v into `pages` in place; return q and the same pages.
+
+    Without a table nothing is rotated.
+    """
     q = nn.Tensor.placeholder([qkv.shape[0], shape.num_heads, shape.head_dim], "float32")
     out = [nn.Tensor.placeholder(pages.shape, pages.dtype), q]
+    if table is None:
+        kernel, args = kernel_of(rope.write, shape), [qkv, slots, pages]
+    else:
+        rotary_dim = int(table.shape[1])
+        kernel = kernel_of(rope.rope_and_write, shape, rotary_dim, is_interleaved)
+        args = [qkv, table, slots, pages]
     written, rotated = nn.op.tensor_ir_inplace_op(
-        kernel, "rope_and_write", [qkv, table, slots, pages], [3, -1], out
+        kernel, "rope_and_write", args, [len(args) - 1, -1], out
     )
     return rotated, written
 
@@ -279,10 +298,10 @@ def paged_attention(
     """Return causal attention over the pages of each token's sequence, (n, heads * head_dim)."""
     if not _has_wide_registers():
         shape = dataclasses.replace(shape, span=1)
-    kernel = _kernel(attention_kernels.paged_attention, shape)
+    kernel = kernel_of(attention_kernels.paged_attention, shape)
     args = [q, pages, query_start, page_table, context_len, positions]
     width = shape.num_heads * shape.head_dim
-    return _emit("paged_attention", kernel, args, [q.shape[0], width])
+    return emit("paged_attention", kernel, args, [q.shape[0], width])
 
 
 def sample(
@@ -295,4 +314,4 @@ def sample(
 ) -> nn.Tensor:
     """Return one token a row, (r) int32; see `kernels.cpu.sampling.sample`."""
     args = [logits, temperature, top_p, min_p, top_k, uniform]
-    return _emit("sample", _kernel(sampling.sample), args, [logits.shape[0]], "int32")
+    return emit("sample", kernel_of(sampling.sample), args, [logits.shape[0]], "int32")

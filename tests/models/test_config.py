@@ -52,9 +52,13 @@ def test_derived_fields() -> None:
         ({"num_hidden_layers": 0}, CorruptFile, "num_hidden_layers"),
         ({"num_hidden_layers": True}, CorruptFile, "num_hidden_layers"),
         ({"num_key_value_heads": 3}, UnsupportedModel, "4 attention heads cannot share 3"),
-        ({"head_dim": 15}, UnsupportedModel, "head_dim must be even.*15"),
-        ({"hidden_act": "gelu"}, UnsupportedModel, "activation 'gelu' is not supported; use silu"),
-        ({"rope_scaling": {"type": "yarn", "factor": 2}}, UnsupportedModel, "'yarn'.*llama3"),
+        ({"head_dim": 15}, UnsupportedModel, "even number of dimensions.*15"),
+        ({"hidden_act": "mish"}, UnsupportedModel, "activation 'mish' is not supported.*silu"),
+        ({"rope_scaling": {"type": "alibi"}}, UnsupportedModel, "'alibi'.*llama3"),
+        ({"rope_scaling": {"type": "yarn"}}, CorruptFile, "'yarn' has missing.*factor"),
+        ({"rope_scaling": {"type": "linear", "factor": "x"}}, CorruptFile, "'linear' has"),
+        ({"rope_theta": "big"}, CorruptFile, "rotary embedding"),
+        ({"partial_rotary_factor": 1.5}, CorruptFile, "partial_rotary_factor is 1.5"),
     ],
 )
 def test_bad_configurations_are_refused(changes, error, message) -> None:

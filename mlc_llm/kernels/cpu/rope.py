@@ -39,33 +39,106 @@ def rope_table(rotary_dim: int, scale: float) -> Any:
     return rope_table_kernel
 
 
-def rope_and_write(shape: AttentionShape, rotary_dim: int) -> Any:
+def rope_and_write(shape: AttentionShape, rotary_dim: int, is_interleaved: bool = False) -> Any:
     """Rotate q and k, write k and v into their slots.
 
     qkv (n, (heads + 2 * kv_heads) * head_dim) float32, table (n, rotary_dim), slots (n) int32,
-    pages (see `KVCacheLayout`) in place -> q (n, heads, head_dim). int8 pages get codes of
-    max|x| / 127 over the head, and that scale.
+    pages (see `KVCacheLayout`) in place -> q (n, heads, head_dim). The first rotary_dim dimensions
+    are rotated, in pairs (i, i + rotary_dim / 2), or (2i, 2i + 1) if interleaved. int8 pages get
+    codes of max|x| / 127 over the head, and that scale.
     """
-    num_heads, num_kv_heads, head_dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
-    page_size, kv_dtype, is_int8 = shape.page_size, shape.kv_dtype, shape.is_int8
-    half = rotary_dim // 2
+    num_kv_heads, page_items, kv_dtype = shape.num_kv_heads, shape.page_items, shape.kv_dtype
+    num_heads, head_dim = shape.num_heads, shape.head_dim
     width = (num_heads + 2 * num_kv_heads) * head_dim
-    k_start = num_heads * head_dim
-    v_start = (num_heads + num_kv_heads) * head_dim
-    page_items = shape.page_items
+    one_token = _write_token(shape, _rotation(head_dim, rotary_dim, is_interleaved))
+
+    @T.prim_func(private=True, s_tir=True)
+    def rope_and_write_kernel(
+        qkv_handle: T.handle,
+        table_handle: T.handle,
+        slots_handle: T.handle,
+        pages_handle: T.handle,
+        q_handle: T.handle,
+    ) -> None:
+        T.func_attr({"tirx.noalias": True})
+        n = T.int32()
+        num_pages = T.int32()
+        qkv = T.match_buffer(qkv_handle, (n, width), "float32")
+        table = T.match_buffer(table_handle, (n, rotary_dim), "float32")
+        slots = T.match_buffer(slots_handle, (n,), "int32")
+        pages = T.match_buffer(pages_handle, (num_pages, 2, num_kv_heads, page_items), kv_dtype)
+        q = T.match_buffer(q_handle, (n, num_heads, head_dim), "float32")
+        if n < 4:
+            for t in T.serial(n):
+                one_token(qkv, table, slots, pages, q, t)
+        else:
+            for t in T.parallel(n):
+                one_token(qkv, table, slots, pages, q, t)
+
+    return rope_and_write_kernel
+
+
+def write(shape: AttentionShape) -> Any:
+    """Write k and v into their slots as they are: `rope_and_write` without a table."""
+    num_kv_heads, page_items, kv_dtype = shape.num_kv_heads, shape.page_items, shape.kv_dtype
+    num_heads, head_dim = shape.num_heads, shape.head_dim
+    width = (num_heads + 2 * num_kv_heads) * head_dim
+    one_token = _write_token(shape, _rotation(head_dim, 0, False))
+
+    @T.prim_func(private=True, s_tir=True)
+    def write_kernel(
+        qkv_handle: T.handle, slots_handle: T.handle, pages_handle: T.handle, q_handle: T.handle
+    ) -> None:
+        T.func_attr({"tirx.noalias": True})
+        n = T.int32()
+        num_pages = T.int32()
+        qkv = T.match_buffer(qkv_handle, (n, width), "float32")
+        slots = T.match_buffer(slots_handle, (n,), "int32")
+        pages = T.match_buffer(pages_handle, (num_pages, 2, num_kv_heads, page_items), kv_dtype)
+        q = T.match_buffer(q_handle, (n, num_heads, head_dim), "float32")
+        if n < 4:
+            for t in T.serial(n):
+                one_token(qkv, qkv, slots, pages, q, t)
+        else:
+            for t in T.parallel(n):
+                one_token(qkv, qkv, slots, pages, q, t)
+
+    return write_kernel
+
+
+def _rotation(head_dim: int, rotary_dim: int, is_interleaved: bool) -> Any:
+    """Return a macro (qkv, table, row, t, base): row = the rotated head that starts at `base`."""
+    half = rotary_dim // 2
+    # Where pair i has its members.
+    step, apart = (2, 1) if is_interleaved else (1, half)
 
     @T.macro
     def rotate(qkv: T.handle, table: T.handle, row: T.handle, t: T.int32, base: T.int32) -> None:
-        """row = the rotated head that starts at `base`."""
         for i in T.serial(half):
-            row[i] = multiply_add(
-                -qkv[t, base + half + i], table[t, half + i], qkv[t, base + i] * table[t, i], 1
+            row[i * step] = multiply_add(
+                -qkv[t, base + i * step + apart],
+                table[t, half + i],
+                qkv[t, base + i * step] * table[t, i],
+                1,
             )
-            row[half + i] = multiply_add(
-                qkv[t, base + i], table[t, half + i], qkv[t, base + half + i] * table[t, i], 1
+            row[i * step + apart] = multiply_add(
+                qkv[t, base + i * step],
+                table[t, half + i],
+                qkv[t, base + i * step + apart] * table[t, i],
+                1,
             )
         for i in T.serial(head_dim - rotary_dim):
             row[rotary_dim + i] = qkv[t, base + rotary_dim + i]
+
+    return rotate
+
+
+def _write_token(shape: AttentionShape, rotate: Any) -> Any:
+    """Return a macro (qkv, table, slots, pages, q, t) for one token."""
+    num_heads, num_kv_heads, head_dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
+    page_size, kv_dtype, is_int8 = shape.page_size, shape.kv_dtype, shape.is_int8
+    k_start = num_heads * head_dim
+    v_start = (num_heads + num_kv_heads) * head_dim
 
     @T.macro
     def write(
@@ -116,27 +189,4 @@ def rope_and_write(shape: AttentionShape, rotary_dim: int) -> Any:
                 row[i] = qkv[t, v_start + h * head_dim + i]
             write(row, pages, slots[t], 1, h, head_dim, 1)
 
-    @T.prim_func(private=True, s_tir=True)
-    def rope_and_write_kernel(
-        qkv_handle: T.handle,
-        table_handle: T.handle,
-        slots_handle: T.handle,
-        pages_handle: T.handle,
-        q_handle: T.handle,
-    ) -> None:
-        T.func_attr({"tirx.noalias": True})
-        n = T.int32()
-        num_pages = T.int32()
-        qkv = T.match_buffer(qkv_handle, (n, width), "float32")
-        table = T.match_buffer(table_handle, (n, rotary_dim), "float32")
-        slots = T.match_buffer(slots_handle, (n,), "int32")
-        pages = T.match_buffer(pages_handle, (num_pages, 2, num_kv_heads, page_items), kv_dtype)
-        q = T.match_buffer(q_handle, (n, num_heads, head_dim), "float32")
-        if n < 4:
-            for t in T.serial(n):
-                one_token(qkv, table, slots, pages, q, t)
-        else:
-            for t in T.parallel(n):
-                one_token(qkv, table, slots, pages, q, t)
-
-    return rope_and_write_kernel
+    return one_token
