@@ -201,7 +201,7 @@ def test_models_that_share_a_library_keep_their_files(place) -> None:
     # The file of a model that is gone goes when the next one is written.
     shutil.rmtree(other)
     index = place.artifact / "tensor-cache.json"
-    index.write_text(index.read_text() + " ")
+    index.write_text(index.read_text() + "\n")
     place.load()
     assert [parameters.packed_artifact(path) for path in place.cache_files] == [
         str(place.artifact.resolve())
