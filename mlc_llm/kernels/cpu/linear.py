@@ -7,11 +7,13 @@ the number of tokens, so that a token's result does not depend on its batch.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from tvm.script import tirx as T
 
-from mlc_llm.kernels.cpu.vector_math import LANES, multiply_add, splat
+from mlc_llm.kernels.cpu.vector_math import LANES, lane_dtype, multiply_add, span, splat
 
 # Rows of activations that share one load of weights, where registers have 16 lanes and elsewhere.
 ROWS, FEW_ROWS = 8, 4
@@ -27,31 +29,102 @@ def packed_shape(out_features: int, in_features: int) -> tuple[int, int, int]:
     return (num_blocks(out_features), in_features, LANES)
 
 
-def interleave(rows: int, columns: int, dtype: str, is_transposed: bool) -> Any:
+@dataclass(frozen=True)
+class TileRows:
+    """The rows of a tile of a matrix product, as functions of their place in the tile.
+
+    A macro of a tile gets one of these, so that tokens in order and tokens sorted by expert share
+    the arithmetic. bias(start, lanes) is the float32 bias of outputs from `start` on.
+    """
+
+    source: Callable[[Any], Any]  # row of the activations
+    target: Callable[[Any], Any]  # row of the result
+    exists: Callable[[Any], Any]  # false where the tile is longer than what is left
+    bias: Callable[[Any, int], Any] | None = None
+
+    @property
+    def has_bias(self) -> bool:
+        """Return whether outputs have a bias."""
+        return self.bias is not None
+
+
+def rows_in_order(first: Any, n: Any, bias: Callable[[Any, int], Any] | None = None) -> TileRows:
+    """Return the rows from `first` on, of n in all."""
+    return TileRows(
+        lambda i: T.min(first + i, n - 1), lambda i: first + i, lambda i: first + i < n, bias
+    )
+
+
+def bias_of(buffer: Any) -> Callable[[Any, int], Any]:
+    """Return a function from an output and a number of lanes to the bias of these outputs."""
+    return lambda start, lanes: T.Cast(lane_dtype("float32", lanes), buffer[span(start, lanes)])
+
+
+def interleave(
+    rows: int, columns: int, dtype: str, is_transposed: bool, experts: int | None = None
+) -> Any:
     """Pack an array: (rows, columns), or (columns, rows) if transposed
     -> (ceil(rows / 16), columns, 16), rows past the end zero.
+
+    With experts the array has another dimension, its first, and blocks of an expert follow those
+    of the one before.
     """
-    blocks = num_blocks(rows)
-    shape = (columns, rows) if is_transposed else (rows, columns)
+    blocks, count = num_blocks(rows), experts or 1
+    matrix = (columns, rows) if is_transposed else (rows, columns)
+    shape = matrix if experts is None else (experts, *matrix)
+
+    def value_of(source: Any, expert: Any, row: Any, column: Any) -> Any:
+        place = (column, row) if is_transposed else (row, column)
+        return source[place if experts is None else (expert, *place)]
 
     @T.prim_func(private=True, s_tir=True)
     def interleave_kernel(
         source: T.Buffer(shape, dtype),
-        packed: T.Buffer((blocks, columns, LANES), dtype),
+        packed: T.Buffer((count * blocks, columns, LANES), dtype),
     ) -> None:
         T.func_attr({"tirx.noalias": True})
-        for b in T.parallel(blocks):
+        for b in T.parallel(count * blocks):
             for c in T.serial(columns):
                 for v in T.serial(LANES):
-                    if b * LANES + v < rows:
-                        if is_transposed:
-                            packed[b, c, v] = source[c, b * LANES + v]
-                        else:
-                            packed[b, c, v] = source[b * LANES + v, c]
+                    if b % blocks * LANES + v < rows:
+                        packed[b, c, v] = value_of(source, b // blocks, b % blocks * LANES + v, c)
                     else:
                         packed[b, c, v] = T.Cast(dtype, 0)
 
     return interleave_kernel
+
+
+def matmul_tile(in_features: int, out_features: int) -> Any:
+    """Return a macro: a tile of `count` rows on one block of 16 outputs.
+
+    Its arguments: x, packed weight, result, `TileRows`, block of the weight, block of the outputs,
+    count.
+    """
+    vector = f"float32x{LANES}"
+
+    @T.macro
+    def tile(
+        x: T.handle,
+        packed: T.handle,
+        out: T.handle,
+        at: T.meta_var,
+        block: T.int32,
+        b: T.int32,
+        count: T.meta_var,
+    ) -> None:
+        acc = T.alloc_buffer((count, LANES), "float32")
+        for i in T.unroll(count):
+            acc[i, T.ramp(0, 1, LANES)] = splat(T.float32(0))
+        for k in T.serial(in_features):
+            for i in T.unroll(count):
+                acc[i, T.ramp(0, 1, LANES)] = multiply_add(
+                    splat(x[at.source(i), k]),
+                    T.Cast(vector, packed[block, k, T.ramp(0, 1, LANES)]),
+                    acc[i, T.ramp(0, 1, LANES)],
+                )
+        store_rows(out, acc, at, b, count, out_features)
+
+    return tile
 
 
 def matmul(
@@ -62,40 +135,19 @@ def matmul(
     rows: how many share a load of weights; their sums should fit into registers.
     """
     blocks = num_blocks(out_features)
-    vector = f"float32x{LANES}"
+    tile = matmul_tile(in_features, out_features)
 
     @T.macro
-    def tile(
-        x: T.handle,
-        packed: T.handle,
-        bias: T.handle,
-        out: T.handle,
-        n: T.int32,
-        b: T.int32,
-        row: T.int32,
-        count: T.meta_var,
+    def all_tiles(
+        x: T.handle, packed: T.handle, bias: T.meta_var, out: T.handle, n: T.int32
     ) -> None:
-        acc = T.alloc_buffer((count, LANES), "float32")
-        for i in T.unroll(count):
-            acc[i, T.ramp(0, 1, LANES)] = splat(T.float32(0))
-        for k in T.serial(in_features):
-            for i in T.unroll(count):
-                acc[i, T.ramp(0, 1, LANES)] = multiply_add(
-                    splat(x[T.min(row + i, n - 1), k]),
-                    T.Cast(vector, packed[b, k, T.ramp(0, 1, LANES)]),
-                    acc[i, T.ramp(0, 1, LANES)],
-                )
-        store_tile(out, bias, acc, n, b, row, count, out_features, dtype, has_bias)
-
-    @T.macro
-    def all_tiles(x: T.handle, packed: T.handle, bias: T.handle, out: T.handle, n: T.int32) -> None:
         if n == 1:
             for b in T.parallel(blocks):
-                tile(x, packed, bias, out, n, b, 0, 1)
+                tile(x, packed, out, rows_in_order(0, n, bias), b, b, 1)
         else:
             for b in T.parallel(blocks):
                 for m in T.serial((n + rows - 1) // rows):
-                    tile(x, packed, bias, out, n, b, m * rows, rows)
+                    tile(x, packed, out, rows_in_order(m * rows, n, bias), b, b, rows)
 
     if has_bias:
 
@@ -110,7 +162,7 @@ def matmul(
             n = T.int32()
             x = T.match_buffer(x_handle, (n, in_features), "float32")
             out = T.match_buffer(out_handle, (n, out_features), "float32")
-            all_tiles(x, packed, bias, out, n)
+            all_tiles(x, packed, bias_of(bias), out, n)
 
         return matmul_bias_kernel
 
@@ -124,9 +176,29 @@ def matmul(
         n = T.int32()
         x = T.match_buffer(x_handle, (n, in_features), "float32")
         out = T.match_buffer(out_handle, (n, out_features), "float32")
-        all_tiles(x, packed, packed, out, n)
+        all_tiles(x, packed, None, out, n)
 
     return matmul_kernel
+
+
+@T.macro
+def store_rows(
+    out: T.handle,
+    acc: T.handle,
+    at: T.meta_var,
+    b: T.int32,
+    rows: T.meta_var,
+    out_features: T.meta_var,
+) -> None:
+    """Write accumulators of one tile, adding the bias and leaving out rows past the end."""
+    for i in T.unroll(rows):
+        if at.exists(i):
+            for v in T.serial(LANES):
+                if b * LANES + v < out_features:
+                    if at.has_bias:
+                        out[at.target(i), b * LANES + v] = acc[i, v] + at.bias(b * LANES + v, 1)
+                    else:
+                        out[at.target(i), b * LANES + v] = acc[i, v]
 
 
 @T.macro
