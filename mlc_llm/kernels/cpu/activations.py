@@ -3,6 +3,7 @@
 Quantized activations are one int32 array (tiles, width * 4) of tiles of 4 tokens; entry e of token
 t is at e * 4 + t % 4. First come quads, four int8 each; then a float32 scale for each group; then
 for each group what its sum of products begins with: -code_offset * the sum of its int8 values.
+Where groups of weights have a minimum, a float32 follows for each group: its scale * that sum.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ class Int8Shape:
 
     @property
     def quads_per_word(self) -> int:
-        """Return how many groups of four codes a word holds: 2 for 4 bits, 1 for 8."""
-        return 8 // self.form.bits
+        """Return how many groups of four codes a (low) word holds: 1 for 8 bits, else 2."""
+        return self.form.values_per_word // 4
 
     @property
     def words(self) -> int:
@@ -54,7 +55,7 @@ class Int8Shape:
     @property
     def quads(self) -> int:
         """Return the number of quads along the input."""
-        return self.words * self.quads_per_word
+        return self.groups * self.form.group_size // 4
 
     @property
     def scale_at(self) -> int:
@@ -67,9 +68,14 @@ class Int8Shape:
         return self.quads + self.groups
 
     @property
+    def sum_at(self) -> int:
+        """Return the first entry of what groups sum up to, where weights have minima."""
+        return self.quads + 2 * self.groups
+
+    @property
     def width(self) -> int:
         """Return the entries a token takes in quantized activations."""
-        return self.quads + 2 * self.groups
+        return self.quads + (3 if self.form.has_minimum else 2) * self.groups
 
     @property
     def code_offset(self) -> int:
@@ -115,7 +121,8 @@ def quantize_activations(shape: Int8Shape, source: Source) -> Any:
     """
     features, groups, group_size = shape.in_features, shape.groups, shape.form.group_size
     code_offset, group_quads = shape.code_offset, group_size // 4
-    scale_at, start_at, width = shape.scale_at, shape.start_at, shape.width
+    scale_at, start_at, sum_at, width = shape.scale_at, shape.start_at, shape.sum_at, shape.width
+    has_minimum = shape.form.has_minimum
     kind, weight_dtype = source.kind, source.weight_dtype
     x_width = 2 * features if kind == "silu_mul" else features
     lanes = vector_lanes(group_size)
@@ -128,6 +135,7 @@ def quantize_activations(shape: Int8Shape, source: Source) -> Any:
     @T.macro
     def quantize_group(row: T.handle, out: T.handle, t: T.int32, g: T.int32) -> None:
         codes = T.alloc_buffer((group_size,), "int32")
+        total = T.alloc_buffer((1,), "int32")
         best = T.alloc_buffer((lanes,), "float32")
         best[T.ramp(0, 1, lanes)] = splat(T.float32(0), lanes)
         for v in T.unroll(vectors):
@@ -144,9 +152,14 @@ def quantize_activations(shape: Int8Shape, source: Source) -> Any:
                 f"int32x{lanes}",
                 T.nearbyint(row[T.ramp(v * lanes, 1, lanes)] * splat(best[0], lanes)),
             )
-        out[t // TILE, (start_at + g) * TILE + t % TILE] = _sum_codes(codes, lanes, vectors) * (
-            -code_offset
-        )
+        total[0] = _sum_codes(codes, lanes, vectors)
+        out[t // TILE, (start_at + g) * TILE + t % TILE] = total[0] * (-code_offset)
+        if has_minimum:
+            out[t // TILE, (sum_at + g) * TILE + t % TILE] = T.reinterpret(
+                "int32",
+                T.Cast("float32", total[0])
+                * T.reinterpret("float32", out[t // TILE, (scale_at + g) * TILE + t % TILE]),
+            )
         out[
             t // TILE,
             T.ramp(g * group_quads * TILE + t % TILE, TILE, group_quads),

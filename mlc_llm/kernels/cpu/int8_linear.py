@@ -1,7 +1,8 @@
 """Linear layers on group-quantized weights with activations quantized to int8.
 
-Weights are 4- or 8-bit codes in the packed layout of `group_linear.py`, activations come from
-`activations.py`. A product of codes is exact, so only their rounding differs from the float path.
+Weights are codes of 4, 5, 6 or 8 bits in the packed layout of `group_linear.py`, activations come
+from `activations.py`. A product of codes is exact, so only their rounding differs from the float
+path. A group's minimum meets the sum of its activations once.
 A result depends on its own token alone, whatever the number of tokens.
 """
 
@@ -12,6 +13,7 @@ from typing import Any
 from tvm.script import tirx as T
 
 from mlc_llm.kernels.cpu.activations import TILE, Int8Shape
+from mlc_llm.kernels.cpu.int8_codes import quad_codes
 from mlc_llm.kernels.cpu.isa import Isa, get_isa
 from mlc_llm.kernels.cpu.linear import num_blocks
 from mlc_llm.kernels.cpu.vector_math import LANES, multiply_add, prefetch
@@ -21,14 +23,6 @@ PREFETCH_BYTES = 8192
 # From this many tokens on, weights are unpacked once for all of them. Fewer stream weights, which
 # from memory is 1.02-1.2 x as fast at 16 to 40 tokens (minima of alternating runs, 2-core Zen 5).
 GEMM_TOKENS = 41
-
-
-def _codes(word: Any, j: Any, bits: int, lanes: int) -> Any:
-    """Return the quad `j` of each word as four bytes."""
-    if bits == 8:
-        return word
-    shifted = T.shift_right(word, T.broadcast(T.Cast("uint32", 4 * j), lanes))
-    return T.bitwise_and(shifted, T.broadcast(T.uint32(0x0F0F0F0F), lanes))
 
 
 def _scale(stored: Any, lanes: int) -> Any:
@@ -54,7 +48,8 @@ def matmul(shape: Int8Shape, bias_dtype: str | None) -> Any:
         shape.quads,
     )
     per_group, quads_per_word = shape.form.words_per_group, shape.quads_per_word
-    quads_per_group = per_group * quads_per_word
+    form, low_words, quads_per_group = shape.form, shape.form.low_words, shape.form.group_size // 4
+    per_scale, has_minimum, sum_at = form.scales_per_group, form.has_minimum, shape.sum_at
     scale_dtype, has_bias = shape.form.scale_dtype, bias_dtype is not None
     store_dtype = bias_dtype or "float32"
     scale_at, start_at, width = shape.scale_at, shape.start_at, shape.width
@@ -110,11 +105,22 @@ def matmul(shape: Int8Shape, bias_dtype: str | None) -> Any:
             for p in T.unroll(parts):
                 acc[i * parts + p, T.ramp(0, 1, lanes)] = multiply_add(
                     T.Cast(vector, total[i * parts + p, T.ramp(0, 1, lanes)]),
-                    T.Cast(vector, scales[b, g, T.ramp(p * lanes, 1, lanes)])
+                    T.Cast(vector, scales[b, g * per_scale, T.ramp(p * lanes, 1, lanes)])
                     * _scale(quad[m + i // TILE, (scale_at + g) * TILE + i % TILE], lanes),
                     acc[i * parts + p, T.ramp(0, 1, lanes)],
                     lanes,
                 )
+                if has_minimum:
+                    acc[i * parts + p, T.ramp(0, 1, lanes)] = multiply_add(
+                        T.Cast(vector, scales[b, g * per_scale + 1, T.ramp(p * lanes, 1, lanes)]),
+                        _scale(quad[m + i // TILE, (sum_at + g) * TILE + i % TILE], lanes),
+                        acc[i * parts + p, T.ramp(0, 1, lanes)],
+                        lanes,
+                    )
+
+    @T.macro
+    def fetch_ahead(packed: T.handle, word: T.int32) -> None:
+        T.evaluate(prefetch(packed.access_ptr("r", offset=word * LANES + PREFETCH_BYTES // 4)))
 
     @T.macro
     def stream_block(
@@ -143,15 +149,10 @@ def matmul(shape: Int8Shape, bias_dtype: str | None) -> Any:
             if rows == 1:
                 for p in T.unroll(parts):
                     odd[p, T.ramp(0, 1, lanes)] = T.broadcast(T.int32(0), lanes)
-            for w in T.unroll(per_group):
-                T.evaluate(
-                    prefetch(
-                        packed.access_ptr(
-                            "r",
-                            offset=(b * words + g * per_group + w) * LANES + PREFETCH_BYTES // 4,
-                        )
-                    )
-                )
+            for w in T.unroll(per_group - low_words):
+                fetch_ahead(packed, b * words + g * per_group + low_words + w)
+            for w in T.unroll(low_words):
+                fetch_ahead(packed, b * words + g * per_group + w)
                 for j in T.unroll(quads_per_word):
                     for i in T.unroll(rows):
                         for p in T.unroll(parts):
@@ -159,30 +160,34 @@ def matmul(shape: Int8Shape, bias_dtype: str | None) -> Any:
                                 # A second chain hides the latency of a single token.
                                 odd[p, T.ramp(0, 1, lanes)] = dot4(
                                     odd[p, T.ramp(0, 1, lanes)],
-                                    _codes(
-                                        packed[b, g * per_group + w, T.ramp(p * lanes, 1, lanes)],
-                                        j,
-                                        bits,
+                                    quad_codes(
+                                        form,
+                                        packed,
+                                        (b, g, p * lanes),
                                         lanes,
+                                        w * quads_per_word + j,
                                     ),
                                     T.broadcast(
-                                        quad[m, ((g * per_group + w) * quads_per_word + j) * TILE],
+                                        quad[
+                                            m, (g * quads_per_group + w * quads_per_word + j) * TILE
+                                        ],
                                         lanes,
                                     ),
                                 )
                             else:
                                 total[i * parts + p, T.ramp(0, 1, lanes)] = dot4(
                                     total[i * parts + p, T.ramp(0, 1, lanes)],
-                                    _codes(
-                                        packed[b, g * per_group + w, T.ramp(p * lanes, 1, lanes)],
-                                        j,
-                                        bits,
+                                    quad_codes(
+                                        form,
+                                        packed,
+                                        (b, g, p * lanes),
                                         lanes,
+                                        w * quads_per_word + j,
                                     ),
                                     T.broadcast(
                                         quad[
                                             m + i // TILE,
-                                            ((g * per_group + w) * quads_per_word + j) * TILE
+                                            (g * quads_per_group + w * quads_per_word + j) * TILE
                                             + i % TILE,
                                         ],
                                         lanes,
@@ -235,23 +240,18 @@ def matmul(shape: Int8Shape, bias_dtype: str | None) -> Any:
                         )
                     )
                 if is_unpacking:
-                    for p in T.unroll(parts):
-                        factor[g, r, T.ramp(p * lanes, 1, lanes)] = T.Cast(
-                            vector, scales[first + r, g, T.ramp(p * lanes, 1, lanes)]
-                        )
+                    for s in T.unroll(per_scale):
+                        for p in T.unroll(parts):
+                            factor[g * per_scale + s, r, T.ramp(p * lanes, 1, lanes)] = T.Cast(
+                                vector,
+                                scales[first + r, g * per_scale + s, T.ramp(p * lanes, 1, lanes)],
+                            )
             for q in T.unroll(quads_per_group):
                 if is_unpacking:
                     for r in T.unroll(wide):
                         for p in T.unroll(parts):
-                            codes[g * quads_per_group + q, r, T.ramp(p * lanes, 1, lanes)] = _codes(
-                                packed[
-                                    first + r,
-                                    g * per_group + q // quads_per_word,
-                                    T.ramp(p * lanes, 1, lanes),
-                                ],
-                                q % quads_per_word,
-                                bits,
-                                lanes,
+                            codes[g * quads_per_group + q, r, T.ramp(p * lanes, 1, lanes)] = (
+                                quad_codes(form, packed, (first + r, g, p * lanes), lanes, q)
                             )
                 for i in T.unroll(TILE):
                     for r in T.unroll(wide):
@@ -266,11 +266,18 @@ def matmul(shape: Int8Shape, bias_dtype: str | None) -> Any:
                     for p in T.unroll(parts):
                         acc[(i * wide + r) * parts + p, T.ramp(0, 1, lanes)] = multiply_add(
                             T.Cast(vector, total[(i * wide + r) * parts + p, T.ramp(0, 1, lanes)]),
-                            factor[g, r, T.ramp(p * lanes, 1, lanes)]
+                            factor[g * per_scale, r, T.ramp(p * lanes, 1, lanes)]
                             * _scale(quad[m, (scale_at + g) * TILE + i], lanes),
                             acc[(i * wide + r) * parts + p, T.ramp(0, 1, lanes)],
                             lanes,
                         )
+                        if has_minimum:
+                            acc[(i * wide + r) * parts + p, T.ramp(0, 1, lanes)] = multiply_add(
+                                factor[g * per_scale + 1, r, T.ramp(p * lanes, 1, lanes)],
+                                _scale(quad[m, (sum_at + g) * TILE + i], lanes),
+                                acc[(i * wide + r) * parts + p, T.ramp(0, 1, lanes)],
+                                lanes,
+                            )
         for i in T.unroll(TILE):
             for r in T.unroll(wide):
                 store(bias, out, acc, i * wide + r, m * TILE + i, n, first + r)
@@ -287,7 +294,7 @@ def matmul(shape: Int8Shape, bias_dtype: str | None) -> Any:
     ) -> None:
         """All tokens on `wide` blocks."""
         codes = T.alloc_buffer((quads, wide, LANES), "uint32")
-        factor = T.alloc_buffer((groups, wide, LANES), "float32")
+        factor = T.alloc_buffer((groups * per_scale, wide, LANES), "float32")
         operands = T.meta_var((quad, packed, scales, bias, codes, factor, out, n, first))
         tiles = T.meta_var((n + TILE - 1) // TILE)
         unpacked_tile(*operands, 0, True, True)
@@ -333,7 +340,7 @@ def matmul(shape: Int8Shape, bias_dtype: str | None) -> Any:
                 unpacked_blocks(quad, packed, scales, bias, out, n, b * wide)
 
     word_shape = (blocks, words, LANES)
-    scale_shape = (blocks, groups, LANES)
+    scale_shape = (blocks, groups * per_scale, LANES)
 
     if has_bias:
 

@@ -22,7 +22,16 @@ FORMS = {
     "3 bits": GroupFormat(3, 40, "float16", False).with_byte_codes(),
     "4 bits": GroupFormat(4, 32, "float16", False),
     "8 bits": GroupFormat(8, 32, "float16", False),
+    "4 bits, minimum": GroupFormat(4, 32, "float16", False, has_minimum=True),
+    "4 bits, groups of 128": GroupFormat(4, 128, "float32", False, has_minimum=True),
+    "5 bits, minimum": GroupFormat(5, 32, "float16", False, has_minimum=True),
+    "5 bits": GroupFormat(5, 32, "float16", False, code_of_zero=16),
+    "6 bits, groups of 16": GroupFormat(6, 16, "float16", False, code_of_zero=32),
+    "8 bits, minimum": GroupFormat(8, 16, "float16", False, has_minimum=True),
+    "8 bits, zero 128": GroupFormat(8, 32, "float16", False, code_of_zero=128),
 }
+# Those with codes in two planes or minima, or groups of another size.
+GENERAL_FORMS = list(FORMS)[3:]
 # Devices for which different code is made; together they stand for every instruction set.
 X86_DEVICES = ["x86-64", "x86-64-v2", "x86-64-v3", "x86-64-v3+avxvnni", "x86-64-v4+avx512vnni"]
 ARM_DEVICES = ["aarch64", "aarch64+dotprod"]
@@ -58,18 +67,23 @@ class Layer:
         self.form, self.in_features, self.out_features = form, in_features, out_features
         blocks, self.groups = -(-out_features // 16), form.num_groups(in_features)
         width = self.groups * form.group_size
-        largest = 2 * form.zero_point
+        is_symmetric = form.code_of_zero is None and not form.has_minimum
+        largest = 2 * form.zero_point if is_symmetric else (1 << form.bits) - 1
         codes = rng.integers(0, largest + 1, (blocks * 16, width), dtype=np.uint32)
         codes[0] = largest  # the largest sums there can be
         codes[1] = 0
         scales = rng.uniform(0.5, 1.5, (blocks * 16, self.groups))
         scales = scales.astype(numpy_dtype(form.scale_dtype))
-        self.weight = codes.astype(np.int64).reshape(-1, self.groups, form.group_size)
-        self.weight = self.weight[:out_features] - form.zero_point
+        grouped = codes.reshape(-1, self.groups, form.group_size)
+        self.weight = grouped[:out_features].astype(np.int64) - form.zero_point
         self.scales = scales[:out_features].astype(np.float64)
-        shifts = np.arange(form.values_per_word, dtype=np.uint32) * np.uint32(form.bits)
-        words = codes.reshape(len(codes), -1, form.values_per_word) << shifts
-        self.packed = [interleave(words.sum(axis=2, dtype=np.uint32)), interleave(scales)]
+        self.minima = np.zeros_like(self.scales)
+        if form.has_minimum:
+            minima = rng.uniform(-9, 3, scales.shape).astype(scales.dtype)
+            self.minima = minima[:out_features].astype(np.float64)
+            scales = np.stack([scales, minima], axis=2).reshape(len(codes), -1)
+        words = pack_codes(grouped, form).reshape(len(codes), -1)
+        self.packed = [interleave(words), interleave(scales)]
         self.bias = None
         if bias_dtype is not None:
             self.bias = rng.standard_normal(out_features).astype(numpy_dtype(bias_dtype))
@@ -77,6 +91,25 @@ class Layer:
     def shape(self, isa: str) -> Int8Shape:
         """Return what kernels are specialised for."""
         return Int8Shape(self.out_features, self.in_features, self.form, isa)
+
+
+def pack_codes(groups: NDArray[np.uint32], form: GroupFormat) -> NDArray[np.uint32]:
+    """Pack codes (rows, groups, group size) into words (rows, groups, words), bit by bit."""
+    words = np.zeros((*groups.shape[:2], form.words_per_group), np.uint32)
+    low_bits = min(form.bits, 4) if form.bits < 8 else 8
+    per_word = 32 // low_bits
+    for k in range(form.group_size):
+        code = groups[..., k]
+        low = code & np.uint32((1 << low_bits) - 1)
+        words[..., k // per_word] |= low << np.uint32(k % per_word * low_bits)
+        for bit in range(form.bits - low_bits):
+            # High words: quads of every second code of a word, a byte for each of its four.
+            count = form.bits - low_bits
+            quad, byte = k // 8 * 2 + k % 2, k % 8 // 2
+            place = byte * 8 + quad % (8 // count) * count + bit
+            one = code >> np.uint32(low_bits + bit) & np.uint32(1)
+            words[..., form.group_size // 8 + quad // (8 // count)] |= one << np.uint32(place)
+    return words
 
 
 def interleave(rows: NDArray[Any]) -> NDArray[Any]:
@@ -110,10 +143,14 @@ def unpack(
     entries = quantized.reshape(-1, shape.width, TILE).swapaxes(1, 2).reshape(-1, shape.width)[:n]
     quads = np.ascontiguousarray(entries[:, : shape.scale_at])
     scales = np.ascontiguousarray(entries[:, shape.scale_at : shape.start_at]).view(np.float32)
+    starts = entries[:, shape.start_at : shape.start_at + shape.groups]
     # Quad j of a word holds the values j, j + quads_per_word, ... of the word.
-    codes = quads.view(np.int8).reshape(n, shape.words, shape.quads_per_word, 4)
+    codes = quads.view(np.int8).reshape(n, -1, shape.quads_per_word, 4)
     codes = codes.swapaxes(2, 3).reshape(n, shape.groups, shape.form.group_size)
-    return codes.astype(np.int64), scales, entries[:, shape.start_at :].astype(np.int64)
+    if shape.form.has_minimum:
+        sums = np.ascontiguousarray(entries[:, shape.start_at + shape.groups :]).view(np.float32)
+        np.testing.assert_array_equal(sums, codes.sum(axis=2).astype(np.float32) * scales)
+    return codes.astype(np.int64), scales, starts.astype(np.int64)
 
 
 def product(
@@ -122,8 +159,11 @@ def product(
     """Return the exact product (n, out), and the sum of its groups' magnitudes."""
     sums = np.einsum("ngs,ogs->nog", codes, layer.weight)
     terms = sums * scales[:, None].astype(np.float64) * layer.scales
+    # What a group's sum of activations (n, groups) adds for each row.
+    rest = codes.sum(axis=2)[:, None] * scales[:, None].astype(np.float64) * layer.minima
     bias = np.zeros(layer.out_features) if layer.bias is None else layer.bias.astype(np.float64)
-    return terms.sum(axis=2) + bias, np.abs(terms).sum(axis=2) + np.abs(bias)
+    magnitude = np.abs(terms).sum(axis=2) + np.abs(rest).sum(axis=2) + np.abs(bias)
+    return terms.sum(axis=2) + rest.sum(axis=2) + bias, magnitude
 
 
 def build_quantizer(build: Build, shape: Int8Shape, source: Source = PLAIN) -> Any:

@@ -5,6 +5,7 @@ import pytest
 from int8_cases import (
     ARM_DEVICES,
     FORMS,
+    GENERAL_FORMS,
     PLAIN,
     ROWS,
     X86_DEVICES,
@@ -12,6 +13,7 @@ from int8_cases import (
     build_product,
     build_quantizer,
     check_product,
+    check_quantizer,
     isa_of,
     product,
     runnable_devices,
@@ -27,6 +29,8 @@ from mlc_llm.quantization.apply import group_format
 from mlc_llm.quantization.group import dequantize_group, quantize_group
 from mlc_llm.quantization.schemes import get_scheme
 
+# One of each way through the kernel.
+FEW_ROWS = [1, 2, 3, 7, 13, 41, 64]
 BEST = find_isa(host_cpu().isa).name
 
 
@@ -53,6 +57,39 @@ def test_products_are_exact(build_for, rng, device, bits):
 def test_sizes_and_biases(build, rng, out_features, in_features, bits, bias_dtype):
     layer = Layer(rng, out_features, in_features, FORMS[bits], bias_dtype)
     check_product(build, rng, layer, BEST)
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("form", GENERAL_FORMS)
+def test_planes_and_minima(build, rng, form):
+    layer = Layer(rng, 52, 172, FORMS[form], "float16")
+    check_quantizer(build, rng, layer.shape(BEST), [1, 5])
+    check_product(build, rng, layer, BEST, FEW_ROWS)
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("form", ["5 bits, minimum", "8 bits, minimum"])
+@pytest.mark.parametrize("device", runnable_devices())
+def test_planes_and_minima_on_every_device(build_for, rng, device, form):
+    layer = Layer(rng, 20, 76, FORMS[form])
+    check_product(build_for(device), rng, layer, isa_of(device), FEW_ROWS)
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("form", GENERAL_FORMS)
+def test_float_path_and_embedding_of_planes_and_minima(build, rng, form):
+    layer = Layer(rng, 52, 172, FORMS[form])
+    weight = layer.weight * layer.scales[..., None] + layer.minima[..., None]
+    weight = weight.reshape(52, -1)[:, :172]
+    kernel = build(group_linear.matmul(52, 172, layer.form, None))
+    for n in (1, 5):
+        x = rng.standard_normal((n, 172)).astype(np.float32)
+        found = kernel(x, *layer.packed, shape=(n, 52))
+        magnitude = np.abs(x).astype(np.float64) @ np.abs(weight).T
+        assert (np.abs(found - x.astype(np.float64) @ weight.T) <= 2e-6 * magnitude).all()
+    ids = np.asarray([51, 0, 17], np.int32)
+    rows = build(group_linear.embed(52, 172, layer.form))(ids, *layer.packed, shape=(3, 172))
+    np.testing.assert_allclose(rows, weight[ids], rtol=1e-6, atol=1e-5)
 
 
 @pytest.mark.cpu
