@@ -11,13 +11,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mlc_llm.artifact import KVCacheLayout, LibraryMetadata
+from mlc_llm.artifact import KVCacheLayout, LibraryMetadata, TensorSpec
 from mlc_llm.runtime.runner import SampleRows, Step
 
 Logits = NDArray[np.float32]
 VOCAB_SIZE = 512
 PAGE_SIZE = 16
 HIDDEN_SIZE = 8
+# Of libraries for recurrent and hybrid models, and the KV cache of those that have none.
+STATES = [TensorSpec("state", (1,), "float32")]
+NO_KV = KVCacheLayout(0, 1, 2, PAGE_SIZE, "float16")
 
 
 def make_metadata(**changes: Any) -> LibraryMetadata:
@@ -59,16 +62,20 @@ def only(token: int, vocab_size: int = VOCAB_SIZE) -> Logits:
 class FakeRunner:
     """Answers by `logits_of`, a function of a sequence's tokens; records every step.
 
-    `error`, where it is set, is raised by the next step, after the step has been recorded.
+    `error`, where it is set, is raised by the next step, after the step has been recorded. With
+    `states` in its metadata it reads the tokens from slots of state, and from pages to compare.
     """
 
     def __init__(
         self,
         logits_of: Callable[[list[int]], Logits] = lambda tokens: only(next_token(tokens)),
         num_pages: int | None = None,
+        num_state_slots: int = 0,
         **changes: Any,
     ) -> None:
         self.metadata = make_metadata(**changes)
+        self.num_state_slots = num_state_slots
+        self._states: list[list[int]] = [[] for _ in range(num_state_slots)]
         context = self.metadata.context_window_size
         self.num_pages = num_pages or -(-context // PAGE_SIZE)
         self.logits_of = logits_of
@@ -90,6 +97,8 @@ class FakeRunner:
             raise error
         self._check(step)
         self._tokens[step.slots] = step.token_ids
+        if self.metadata.states:
+            self._advance_states(step)
         return np.stack([self.logits_of(self._sequence_of(step, int(r))) for r in step.logit_rows])
 
     def sample(self, logits: Logits, rows: SampleRows) -> NDArray[np.int32]:
@@ -101,6 +110,11 @@ class FakeRunner:
         pages = self._tokens.reshape(self.num_pages, PAGE_SIZE)
         pages[list(targets)] = pages[list(sources)]
 
+    def copy_states(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Copy the tokens of states, one after the other."""
+        for source, target in zip(sources, targets, strict=True):
+            self._states[target] = list(self._states[source])
+
     def close(self) -> None:
         """Remember that it was closed."""
         self.is_closed = True
@@ -108,18 +122,34 @@ class FakeRunner:
     def _sequence_of(self, step: Step, row: int) -> list[int]:
         """Return the tokens that the token at `row` of the step sees, itself included."""
         owner = int(np.searchsorted(step.query_start, row, side="right")) - 1
+        if self.metadata.states and self.metadata.kv_cache.num_layers == 0:
+            assert step.state_slots is not None
+            return self._states[step.state_slots[owner]][: step.positions[row] + 1]
         places = np.arange(step.positions[row] + 1)
         pages = step.page_table[owner, places // PAGE_SIZE]
         tokens: list[int] = self._tokens[pages * PAGE_SIZE + places % PAGE_SIZE].tolist()
         return tokens
+
+    def _advance_states(self, step: Step) -> None:
+        """Append the step's tokens to the states; in hybrid models pages must say the same."""
+        assert step.state_slots is not None
+        assert len(set(step.state_slots.tolist())) == len(step.context_len)
+        for owner, slot in enumerate(step.state_slots):
+            first, end = step.query_start[owner], step.query_start[owner + 1]
+            history = [] if step.positions[first] == 0 else self._states[slot]
+            assert len(history) == step.positions[first], "the state is of another length"
+            self._states[slot] = [*history, *step.token_ids[first:end].tolist()]
+            if self.metadata.kv_cache.num_layers > 0:
+                assert self._sequence_of(step, int(end) - 1) == self._states[slot]
 
     def _check(self, step: Step) -> None:
         n, batch = len(step.token_ids), len(step.context_len)
         assert n <= max(self.metadata.prefill_chunk_size, self.metadata.max_batch_size)
         assert step.positions.shape == step.slots.shape == (n,)
         assert step.query_start.shape == (batch + 1,) and step.query_start[-1] == n
+        assert (step.state_slots is None) == (not self.metadata.states)
         for array in vars(step).values():
-            assert array.dtype == np.int32
+            assert array is None or array.dtype == np.int32
         for owner in range(batch):
             first, end = step.query_start[owner], step.query_start[owner + 1]
             context = int(step.context_len[owner])

@@ -91,6 +91,11 @@ def num_pages_of(workloads: Sequence[Workload], page_size: int) -> int:
     return max(w.batch * w.pages_per_sequence(page_size) for w in workloads)
 
 
+def num_state_slots_of(workloads: Sequence[Workload]) -> int:
+    """Return how many slots of recurrent state the largest batch takes."""
+    return max(w.batch for w in workloads)
+
+
 def make_steps(workload: Workload, metadata: LibraryMetadata, seed: int) -> list[Step]:
     """Return the steps of a workload with random tokens; each sequence has pages of its own.
 
@@ -130,4 +135,5 @@ def _make_step(
         page_table=first_pages + in_use,
         context_len=np.full(batch, end, np.int32),
         logit_rows=query_start[1:] - 1,
+        state_slots=np.arange(batch, dtype=np.int32) if metadata.states else None,
     )

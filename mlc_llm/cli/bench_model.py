@@ -75,7 +75,7 @@ def load_subject(
     """
     from mlc_llm.artifact import read_chat_config
     from mlc_llm.bench.random_weights import random_parameters, weight_bytes_of
-    from mlc_llm.bench.workloads import check_workloads, num_pages_of
+    from mlc_llm.bench.workloads import check_workloads, num_pages_of, num_state_slots_of
     from mlc_llm.engine.open import check_library
     from mlc_llm.quantization.schemes import get_scheme
     from mlc_llm.runtime.library import load_library, num_threads
@@ -101,7 +101,7 @@ def load_subject(
             bits = get_scheme(config.quantization).bits
             parameters = random_parameters(loaded, bits, subject.seed)
     num_pages = num_pages_of(workloads, metadata.kv_cache.page_size)
-    runner = CompiledRunner(loaded, parameters, num_pages)
+    runner = CompiledRunner(loaded, parameters, num_pages, num_state_slots_of(workloads))
     load_s = time.perf_counter() - start
     runner.touch_pages()
     weight_bytes = weight_bytes_of(metadata.params, parameters)

@@ -17,6 +17,7 @@ from mlc_llm.engine.request import FinishReason, Output, Request
 from mlc_llm.engine.sampler import Sampled, Sampler, SequenceSampler, token_logprobs
 from mlc_llm.engine.scheduler import Plan, Scheduler, Work
 from mlc_llm.engine.sequence import RequestState, Sequence
+from mlc_llm.engine.state_cache import StateCache
 from mlc_llm.engine.step_budget import StepBudget
 from mlc_llm.engine.step_builder import StepBuilder
 from mlc_llm.errors import ContextTooLong, MlcError, RequestError, StepFailed
@@ -62,6 +63,12 @@ class Engine:
         self._runner = runner
         self._pool = PagePool(runner.num_pages, page_size, max_idle_pages)
         self._cache = PrefixCache(self._pool) if has_prefix_cache else None
+        self._state_cache = None
+        if metadata.states:
+            num_snapshots = runner.num_state_slots - self.max_num_sequence
+            self._state_cache = StateCache(
+                self._cache, page_size, self.max_num_sequence, num_snapshots
+            )
         chunk = min(max_step_tokens or metadata.prefill_chunk_size, metadata.prefill_chunk_size)
         self._scheduler = Scheduler(
             self._pool,
@@ -70,6 +77,7 @@ class Engine:
             max_step_tokens=chunk,
             max_step_rows=metadata.max_batch_size,
             mixes_prompts=mixes_prompts,
+            states=self._state_cache,
         )
         max_pages = -(-self.max_sequence_len // page_size)
         self._builder = StepBuilder(self.max_num_sequence, max_pages, page_size)
@@ -215,6 +223,8 @@ class Engine:
         if plan.copies:
             sources, targets = zip(*plan.copies, strict=True)
             self._runner.copy_pages(sources, targets)
+        if self._state_cache is not None and (copies := self._state_cache.take_copies()):
+            self._runner.copy_states(*zip(*copies, strict=True))
         logits: NDArray[np.float32] = self._runner.forward(step)
         duration_s = time.perf_counter() - start
         if self.vocab_size < logits.shape[1]:

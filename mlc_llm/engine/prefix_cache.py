@@ -6,7 +6,7 @@ first), and the tree only hears of it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from mlc_llm.runtime.pages import PagePool
@@ -27,13 +27,14 @@ class PrefixCache:
     """A radix tree over tokens whose edges are whole pages.
 
     Requests with different salts never share pages, so that nobody can learn from the time to the
-    first token what others have asked.
+    first token what others have asked. `on_lost(node)` tells what is in the tree no more.
     """
 
     def __init__(self, pool: PagePool) -> None:
         self._pool = pool
         self._roots: dict[str, PrefixNode] = {}
         self._node_of_page: dict[int, PrefixNode] = {}
+        self.on_lost: Callable[[PrefixNode], None] = lambda node: None
         pool.on_reclaim = self._remove
 
     def root(self, salt: str) -> PrefixNode:
@@ -66,7 +67,7 @@ class PrefixCache:
         Returns the node to go on from, which may be that of an equal page, or None where `node` is
         no longer in the tree.
         """
-        if not self._is_attached(node):
+        if not self.is_attached(node):
             return None
         key = tuple(tokens)
         child = node.children.get(key)
@@ -76,15 +77,17 @@ class PrefixCache:
             self._pool.keep(page)
         return child
 
-    def _is_attached(self, node: PrefixNode) -> bool:
+    def is_attached(self, node: PrefixNode) -> bool:
+        """Return whether a node is in the tree still."""
         if node.page is None:  # an empty root was dropped, and may come back
             return self._roots.setdefault(node.salt, node) is node
         return self._node_of_page.get(node.page) is node
 
     def clear(self) -> None:
         """Forget everything; pages in use stay with their users."""
-        for page in list(self._node_of_page):
+        for page, node in self._node_of_page.items():
             self._pool.forget(page)
+            self.on_lost(node)
         self._node_of_page.clear()
         for root in self._roots.values():
             root.children.clear()  # running sequences may hold on to it
@@ -103,6 +106,7 @@ class PrefixCache:
         for lost in _subtree(node):
             assert lost.page is not None
             del self._node_of_page[lost.page]
+            self.on_lost(lost)
             if lost is not node:
                 self._pool.forget(lost.page)
         if node.parent.page is None and not node.parent.children:

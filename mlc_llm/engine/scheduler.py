@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from mlc_llm.engine.prefix_cache import PrefixCache
 from mlc_llm.engine.sequence import Sequence
+from mlc_llm.engine.state_cache import StateCache
 from mlc_llm.runtime.pages import PagePool
 
 
@@ -52,8 +53,9 @@ class Scheduler:
         max_step_tokens: int,
         max_step_rows: int,
         mixes_prompts: bool = True,
+        states: StateCache | None = None,
     ) -> None:
-        self._pool, self._cache = pool, cache
+        self._pool, self._cache, self._states = pool, cache, states
         self._max_num_sequence = max_num_sequence
         self._max_step_tokens = max_step_tokens
         self._max_step_rows = max_step_rows
@@ -77,6 +79,8 @@ class Scheduler:
         fork.pages = list(parent.pages)
         fork.num_computed = parent.num_computed
         fork.node, fork.num_cached_pages = parent.node, parent.num_cached_pages
+        if self._states is not None:
+            self._states.start_fork(parent, fork)
         insort(self.running, fork, key=_order)
 
     def remove(self, sequence: Sequence) -> None:
@@ -120,6 +124,8 @@ class Scheduler:
             tokens = sequence.tokens[start : start + size]
             sequence.node = self._cache.insert(sequence.node, tokens, page)
             sequence.num_cached_pages += 1
+        if self._states is not None:
+            self._states.commit(sequence)
 
     def _plan_decodes(self, plan: Plan) -> None:
         for sequence in list(self.running):
@@ -151,6 +157,8 @@ class Scheduler:
             count = min(count, rows)
         if count <= 0 or rows <= 0:
             return 0
+        if self._states is not None:
+            count = self._states.limit(sequence, count)
         # Where others work, a prompt waits for their pages; alone it must go on.
         while not self._grow(sequence, count, plan):
             if plan.works or self.running[-1] is sequence:
@@ -170,13 +178,16 @@ class Scheduler:
             return False
         salt = sequence.state.request.cache_salt
         pages: list[int] = []
-        node = None
+        node, num_known = None, 0
         if self._cache is not None:
             if sequence.wants_prompt_logprobs:
                 node = self._cache.root(salt)
             else:
                 # The last token is computed in any case: its logits choose the next one.
                 pages, node = self._cache.match(sequence.tokens[:-1], salt)
+                num_known = len(pages)
+                if self._states is not None:
+                    pages, node = self._states.usable(pages, node)
         size = self._pool.page_size
         needed = -(-(len(sequence.tokens) + 1) // size) - len(pages)
         idle = sum(not self._pool.is_used(page) for page in pages)
@@ -185,6 +196,8 @@ class Scheduler:
         self._pool.share(pages)
         sequence.pages, sequence.num_computed = pages, len(pages) * size
         sequence.node, sequence.num_cached_pages = node, len(pages)
+        if self._states is not None:
+            self._states.start(sequence, num_known * size)
         return True
 
     def _grow(self, sequence: Sequence, count: int, plan: Plan) -> bool:
@@ -216,12 +229,16 @@ class Scheduler:
         self._pool.give_back(sequence.pages)
         sequence.pages, sequence.num_computed = [], 0
         sequence.node, sequence.num_cached_pages = None, 0
+        if self._states is not None:
+            self._states.release(sequence)
 
     def check_integrity(self) -> None:
         """Assert that pages and the users that sequences are agree."""
         self._pool.check_integrity([sequence.pages for sequence in self.running])
         if self._cache is not None:
             self._cache.check_integrity()
+        if self._states is not None:
+            self._states.check_integrity(self.running)
         for sequences in (self.running, self.waiting):
             orders = [sequence.order for sequence in sequences]
             assert orders == sorted(set(orders)), "a queue is out of order"

@@ -36,6 +36,8 @@ class Sequence:
     pages    [ p0 ][ p1 ][ p2 ] ...           page i holds tokens i * page_size ..
 
     node is where the next whole page goes in the prefix cache, None where it is not to be kept.
+    state_slot holds the recurrent state after the computed tokens, in models that have one, while
+    the sequence runs; what state_stops and snapshot are is the state cache's business.
     """
 
     state: RequestState
@@ -47,6 +49,9 @@ class Sequence:
     pages: list[int] = field(default_factory=list)
     node: PrefixNode | None = None
     num_cached_pages: int = 0
+    state_slot: int | None = None
+    state_stops: tuple[int, ...] = ()
+    snapshot: PrefixNode | None = None
     is_finished: bool = False
 
     @property

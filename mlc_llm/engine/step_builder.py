@@ -54,6 +54,7 @@ class StepBuilder:
             context_len=np.asarray([w.sequence.num_computed + w.count for w in works], np.int32),
             # Compiled code wants at least one row.
             logit_rows=np.asarray(logit_rows or [len(tokens) - 1], np.int32),
+            state_slots=_state_slots(works),
         )
 
     def _build_decodes(self, works: list[Work]) -> Step:
@@ -80,6 +81,7 @@ class StepBuilder:
             page_table=self._pages_of(works, rows),
             context_len=array[4 * count + 1 : 5 * count + 1],
             logit_rows=array[5 * count + 1 :],
+            state_slots=_state_slots(works),
         )
 
     def _write_pages(self, sequence: Sequence) -> int:
@@ -106,3 +108,10 @@ class StepBuilder:
         picked = slice(first, end) if rows == list(range(first, end)) else rows
         table: NDArray[np.int32] = self._table[picked, :longest]
         return table
+
+
+def _state_slots(works: list[Work]) -> NDArray[np.int32] | None:
+    """Return the slots (b) of the works' recurrent states, None for models without."""
+    if works[0].sequence.state_slot is None:
+        return None
+    return np.asarray([work.sequence.state_slot for work in works], np.int32)

@@ -1,4 +1,4 @@
-"""The runners on a compiled library: parameters, KV pages and the call that runs a step."""
+"""The runners on a compiled library: parameters, KV pages, states and the call of a step."""
 
 from __future__ import annotations
 
@@ -19,12 +19,19 @@ _MAX_KEPT_BYTES = 64 << 20
 
 
 class CompiledRunner:
-    """Owns a library's virtual machine, its parameters and KV pages."""
+    """Owns a library's virtual machine, its parameters, KV pages and slots of recurrent state."""
 
     def __init__(
-        self, library: Library, parameters: Sequence[NDArray[Any]], num_pages: int
+        self,
+        library: Library,
+        parameters: Sequence[NDArray[Any]],
+        num_pages: int,
+        num_state_slots: int = 0,
     ) -> None:
-        """Take packed parameters (see parameters.py), which are used in place."""
+        """Take packed parameters (see parameters.py), which are used in place.
+
+        num_state_slots: sequences whose recurrent state is kept, in models that have one.
+        """
         import tvm_ffi
 
         self._metadata = library.metadata
@@ -45,6 +52,12 @@ class CompiledRunner:
                 "lower context_window_size with --overrides"
             ) from None
         self._pages = tvm_ffi.Array([as_tensor(array) for array in pages])
+        self._num_state_slots = num_state_slots if self._metadata.states else 0
+        self._states = [
+            aligned_zeros((num_state_slots, *spec.shape), numpy_dtype(spec.dtype))
+            for spec in self._metadata.states
+        ]
+        self._state_tensors = tvm_ffi.Array([as_tensor(array) for array in self._states])
         self._staging = Staging()
         self._result_sizes: set[int] = set()  # bytes
         machine = library.open_machine()
@@ -62,6 +75,11 @@ class CompiledRunner:
         """KV pages there are."""
         return self._num_pages
 
+    @property
+    def num_state_slots(self) -> int:
+        """Slots of recurrent state there are."""
+        return self._num_state_slots
+
     def forward(self, step: Step) -> NDArray[Any]:
         """Run a step of a chat library; returns logits (r, vocab) float32, until the next step."""
         assert self._metadata.model_task != "embedding"
@@ -73,7 +91,7 @@ class CompiledRunner:
         return self._rows_of(step)
 
     def _rows_of(self, step: Step) -> NDArray[np.float32]:
-        arrays = (
+        arrays = [
             step.token_ids,
             step.positions,
             step.query_start,
@@ -81,11 +99,13 @@ class CompiledRunner:
             step.page_table,
             step.context_len,
             step.logit_rows,
-        )
+        ]
+        if self._states:
+            assert step.state_slots is not None
+            arrays.append(step.state_slots)
         inputs = [as_tensor(array) for array in self._staging.place(arrays)]
-        rows: NDArray[np.float32] = as_array(
-            self._run_step(*inputs, self._pages, self._parameters)[0]
-        )
+        owned = [self._pages, self._state_tensors] if self._states else [self._pages]
+        rows: NDArray[np.float32] = as_array(self._run_step(*inputs, *owned, self._parameters)[0])
         self._bound_pool(rows.nbytes)
         return rows
 
@@ -110,6 +130,12 @@ class CompiledRunner:
             array = as_array(page)
             array[list(targets)] = array[list(sources)]
 
+    def copy_states(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Copy slots of recurrent state, one after the other: a target may be a later source."""
+        for source, target in zip(sources, targets, strict=True):
+            for array in self._states:
+                array[target] = array[source]
+
     def touch_pages(self) -> None:
         """Write zeros to all pages: memory that was never written costs nothing to read."""
         for page in self._pages:
@@ -118,3 +144,4 @@ class CompiledRunner:
     def close(self) -> None:
         """Free the model's memory; the runner cannot be used afterwards."""
         self._run_step = self._sample = self._pages = self._parameters = None
+        self._states, self._state_tensors = [], None

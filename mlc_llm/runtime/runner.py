@@ -19,7 +19,8 @@ class Step:
     token_ids, positions, slots: (n), sequence after sequence. query_start: (b + 1), offsets of
     the sequences in them. page_table: (b, p), pages of each sequence, padded with any page.
     context_len: (b), tokens of each sequence with those of this step. logit_rows: (r), tokens of
-    the step whose logits are wanted.
+    the step whose logits are wanted. state_slots: (b), where the recurrent state of each sequence
+    is, for models that have one; what begins at position 0 begins with zeros, whatever is there.
     """
 
     token_ids: NDArray[np.int32]
@@ -29,6 +30,7 @@ class Step:
     page_table: NDArray[np.int32]
     context_len: NDArray[np.int32]
     logit_rows: NDArray[np.int32]
+    state_slots: NDArray[np.int32] | None = None
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class SampleRows:
 
 
 class ModelRunner(Protocol):
-    """A model ready to run steps on its own KV pages."""
+    """A model ready to run steps on its own KV pages and slots of recurrent state."""
 
     @property
     def metadata(self) -> LibraryMetadata:
@@ -56,6 +58,10 @@ class ModelRunner(Protocol):
     @property
     def num_pages(self) -> int:
         """KV pages there are."""
+
+    @property
+    def num_state_slots(self) -> int:
+        """Slots of recurrent state there are; 0 for models without."""
 
     def forward(self, step: Step) -> NDArray[Any]:
         """Run a step; returns logits (r, vocab) float32, the caller's until the next step.
@@ -69,6 +75,9 @@ class ModelRunner(Protocol):
 
     def copy_pages(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Copy KV pages, in all layers: what each target held is replaced."""
+
+    def copy_states(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Copy slots of recurrent state, one after the other: a target may be a later source."""
 
     def close(self) -> None:
         """Free the model's memory."""

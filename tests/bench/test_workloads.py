@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
+from mlc_llm.artifact import TensorSpec
 from mlc_llm.bench.workloads import (
     Workload,
     check_workloads,
     make_steps,
     num_pages_of,
+    num_state_slots_of,
     plan_workloads,
 )
 from mlc_llm.errors import OptionError
@@ -90,12 +94,24 @@ def test_steps_bring_every_token_to_its_place(workload: Workload) -> None:
             ).all()
             for page in pages.tolist():
                 assert owner.setdefault(page, sequence) == sequence
+        assert step.state_slots is None
         for name, array in vars(step).items():
+            if name == "state_slots":
+                continue
             assert array.dtype == np.int32 and array.flags.c_contiguous, name
         end += count
     assert end == workload.context + workload.tokens
     assert len(steps) == (workload.tokens if workload.name == "decode" else -(-end // 24))
     assert max(owner) + 1 == num_pages_of([workload], PAGE_SIZE)
+
+
+def test_sequences_of_recurrent_models_have_slots() -> None:
+    metadata = dataclasses.replace(METADATA, states=[TensorSpec("state", (1,), "float32")])
+    workloads = [Workload("decode", 2, 4, 0), Workload("prefill", 20)]
+    steps = make_steps(workloads[0], metadata, seed=0)
+    slots = [step.state_slots.tolist() for step in steps if step.state_slots is not None]
+    assert slots == [[0, 1, 2, 3]] * 2
+    assert num_state_slots_of(workloads) == 4
 
 
 def test_tokens_are_in_the_vocabulary_and_come_from_the_seed() -> None:
