@@ -6,9 +6,11 @@ Tensor names and shapes are those of Hugging Face, whatever the file format.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from numpy.typing import NDArray
+
+from mlc_llm.quantization.encoded import Encoded
 
 
 class WeightSource(Protocol):
@@ -37,4 +39,26 @@ class WeightSource(Protocol):
 
     def close(self) -> None:
         """Let go of everything held; the source cannot be used afterwards."""
+        ...
+
+
+@runtime_checkable
+class EncodedSource(WeightSource, Protocol):
+    """A checkpoint that can hand out quantized tensors as they are.
+
+    A source that changes tensors while it reads them is none.
+    """
+
+    def encoding(self, name: str) -> str | None:
+        """Return the name of the `GroupFormat` a tensor's codes fit, or None for other tensors.
+
+        Does not read the tensor. Only GGUF files have such codes.
+        """
+        ...
+
+    def read_encoded(self, name: str) -> Encoded | None:
+        """Return a tensor as it is stored, or None where it is not quantized.
+
+        Rows are in Hugging Face order. Raises ParameterMismatch if unknown, CorruptFile.
+        """
         ...
