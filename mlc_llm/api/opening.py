@@ -18,6 +18,7 @@ from mlc_llm.engine.worker import EngineWorker
 from mlc_llm.errors import ModelNotFound, OptionError
 from mlc_llm.prepare.caches import Caches
 from mlc_llm.prepare.jit import prepare_library
+from mlc_llm.prepare.processes import RunFile
 from mlc_llm.prepare.resolve import prepare_artifact
 from mlc_llm.serve.catalog import ServedModels
 from mlc_llm.serve.model import ServedModel
@@ -85,6 +86,8 @@ def open_models(
         artifact = maker.find_artifact(model)
         overrides = compile_overrides(config, read_chat_config(artifact))
         library = model_lib or maker.find_library(artifact, overrides)
+        caches = Caches.from_environment(environment())
+        cleanup.callback(RunFile(caches.home, "python", model, [artifact, library]).close)
         opened = open_model(
             artifact, library, config, device=device, overrides=overrides, progress=report
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from contextlib import closing
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,6 +23,7 @@ from mlc_llm.cli.open_model import (
     ThreadsOption,
     find_artifact,
     find_library,
+    note_process,
     optimization_level,
     require_library,
     use_threads,
@@ -93,11 +94,16 @@ def chat(
     require_library(model_lib)
     _check_early(device, level, sampling)
     use_threads(threads)
-    with closing(
-        _open_session(
-            model, quantization, device=device, library=model_lib, opt=level, overrides=values
+    with ExitStack() as cleanup:
+        session = _open_session(
+            model,
+            quantization,
+            device=device,
+            library=model_lib,
+            opt=level,
+            overrides=values,
+            cleanup=cleanup,
         )
-    ) as session:
         _talk(session, question, system, sampling)
 
 
@@ -135,8 +141,9 @@ def _open_session(
     library: Path | None,
     opt: str,
     overrides: dict[str, Any],
+    cleanup: ExitStack,
 ) -> ChatSession:
-    """Make what the model lacks and load it."""
+    """Make what the model lacks and load it; `cleanup` closes it."""
     caches = read_caches()
     with show_progress() as progress:
         artifact = find_artifact(model, quantization, caches, progress)
@@ -149,11 +156,14 @@ def _open_session(
                 caches=caches,
                 progress=progress,
             )
+        cleanup.callback(note_process("chat", model, caches, [artifact, library]).close)
         from mlc_llm.engine.session import ChatSession
 
-        return ChatSession.open(
+        session = ChatSession.open(
             artifact, library, device=device, overrides=overrides, progress=progress.message
         )
+    cleanup.callback(session.close)
+    return session
 
 
 def _talk(

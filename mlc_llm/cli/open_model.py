@@ -6,7 +6,7 @@ no compiler is imported.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +17,7 @@ from mlc_llm.errors import ModelNotFound, OptionError
 
 if TYPE_CHECKING:
     from mlc_llm.prepare.caches import Caches
+    from mlc_llm.prepare.processes import RunFile
     from mlc_llm.prepare.progress import Progress
 
 ModelArgument = Annotated[
@@ -128,3 +129,13 @@ def find_library(
         jit_policy=caches.jit_policy,
         progress=progress,
     )
+
+
+DEMO_NAME = "demo"
+
+
+def note_process(command: str, model: str | None, caches: Caches, paths: Sequence[Path]) -> RunFile:
+    """Let `ps` and `rm` know that this process uses a model, until the result is closed."""
+    from mlc_llm.prepare.processes import RunFile
+
+    return RunFile(caches.home, command, DEMO_NAME if model is None else model, paths)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mlc_llm.cli.open_model import (
+    DEMO_NAME,
     ModelArgument,
     ModelLibOption,
     OptOption,
@@ -25,6 +26,7 @@ from mlc_llm.cli.open_model import (
     ThreadsOption,
     find_artifact,
     find_library,
+    note_process,
     optimization_level,
     require_library,
     use_threads,
@@ -38,10 +40,10 @@ from mlc_llm.errors import EngineStopped, ModelNotFound, OptionError
 if TYPE_CHECKING:
     from mlc_llm.engine.embedding import EmbeddingModel
     from mlc_llm.engine.open import OpenModel
+    from mlc_llm.prepare.processes import RunFile
     from mlc_llm.serve.options import AppOptions
 
 _KEY_VARIABLE = "MLC_LLM_API_KEY"
-_DEMO_ID = "demo"
 
 
 def serve(
@@ -169,7 +171,7 @@ def serve(
     _seconds("--drain-timeout", drain_timeout)
     if embedding_model_lib is not None and embedding_model is None:
         raise OptionError("--embedding-model-lib needs --embedding-model; name the model too")
-    name = _DEMO_ID if model is None else model
+    name = DEMO_NAME if model is None else model
     if model_id is not None:
         name = require_text("--model-id", model_id)
     options = _read_options(
@@ -282,7 +284,7 @@ def _serve(
     with ExitStack() as cleanup:
         for bound in sockets:
             cleanup.callback(bound.close)
-        opened, embedding = _open_models(chosen, device, config, cleanup)
+        opened, embedding, running = _open_models(chosen, device, config, cleanup)
         if config.verbose:
             say(str(opened.plan))
         worker = EngineWorker(
@@ -293,13 +295,19 @@ def _serve(
         served = ServedModel.of(name, opened, worker)
         traffic = Traffic()
         app = create_app(ServedModels(served, embedding), options, traffic)
+
+        def announce() -> None:
+            url = url_of(host, sockets)
+            running.listen(url)
+            print(f"Listening on {url}", flush=True)
+
         has_drained = serve(
             app,
             [worker],
             traffic,
             sockets,
             drain_timeout_s=drain_timeout_s,
-            announce=lambda: print(f"Listening on {url_of(host, sockets)}", flush=True),
+            announce=announce,
         )
     if not has_drained:
         raise EngineStopped("the server stopped before all its requests were finished")
@@ -307,12 +315,13 @@ def _serve(
 
 def _open_models(
     chosen: _Choice, device: str, config: EngineConfig, cleanup: ExitStack
-) -> tuple[OpenModel, EmbeddingModel | None]:
-    """Make what the models lack and load them; `cleanup` closes them."""
+) -> tuple[OpenModel, EmbeddingModel | None, RunFile]:
+    """Make what the models lack and load them; `cleanup` closes them and their run file."""
     from mlc_llm.artifact import read_chat_config
 
     caches = read_caches()
     embedding = None
+    used: list[Path] = []
     with show_progress() as progress:
 
         def find(
@@ -329,6 +338,7 @@ def _open_models(
                     caches=caches,
                     progress=progress,
                 )
+            used.extend((artifact, library))
             return artifact, library, overrides
 
         if chosen.embedding_model is not None:
@@ -352,6 +362,8 @@ def _open_models(
             chosen.library,
             lambda artifact: compile_overrides(config, read_chat_config(artifact)),
         )
+        running = note_process("serve", chosen.model, caches, used)
+        cleanup.callback(running.close)
         from mlc_llm.engine.open import open_model
 
         opened = open_model(
@@ -363,4 +375,4 @@ def _open_models(
             progress=progress.message,
         )
     cleanup.callback(opened.close)
-    return opened, embedding
+    return opened, embedding, running
