@@ -59,6 +59,7 @@ _TOKENIZER_FILES = (
     "merges.txt",
     CHAT_TEMPLATE_NAME,
 )
+_INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _NUM_CONNECTIONS = 4
 _API_TIMEOUT_S = 30.0
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
@@ -251,8 +252,8 @@ def _list_files(api: Any, ref: RepoRef) -> tuple[str, dict[str, RemoteFile]]:
 def select_files(names: Collection[str], ref: RepoRef) -> list[str]:
     """Return the files of a repository that make its model.
 
-    Converted for MLC LLM, safetensors, or one GGUF file, in this order. Raises ModelNotFound,
-    OptionError (several GGUF files to choose from) and UnsupportedModel.
+    Converted for MLC LLM, safetensors, PyTorch files, or one GGUF file, in this order. Raises
+    ModelNotFound, OptionError (several GGUF files to choose from) and UnsupportedModel.
     """
     top = sorted(name for name in names if "/" not in name and "\\" not in name)
     ggufs = sorted(name for name in names if name.lower().endswith(".gguf"))
@@ -266,9 +267,9 @@ def select_files(names: Collection[str], ref: RepoRef) -> list[str]:
     if CHAT_CONFIG_NAME in top:
         names_of_artifact = (CHAT_CONFIG_NAME, *TENSOR_INDEX_NAMES, "params_shard_*.bin")
         return _matching(top, names_of_artifact + _TOKENIZER_FILES)
-    weights = _matching(top, ("model*.safetensors",))
+    weights = _matching(top, ("model*.safetensors",)) or _matching(top, ("pytorch_model*.bin",))
     if "config.json" in top and weights:
-        configs = ("config.json", "generation_config.json", "model.safetensors.index.json")
+        configs = ("config.json", "generation_config.json", *_INDEX_FILES)
         return _matching(top, configs + _TOKENIZER_FILES) + weights
     if len(ggufs) == 1 and ggufs[0] in top:
         return ggufs
@@ -277,15 +278,16 @@ def select_files(names: Collection[str], ref: RepoRef) -> list[str]:
             f"{ref} holds {len(ggufs)} GGUF files; name one of them as "
             f"HF://{ref.repo_id}/FILE: {', '.join(ggufs)}"
         )
-    if "config.json" in top and _matching(top, ("*.bin", "*.pth", "*.pt")):
+    if "config.json" in top and _matching(top, ("*.pth", "*.pt")):
         raise UnsupportedModel(
-            f"{ref} holds PyTorch checkpoints only; safetensors and GGUF weights are supported, "
-            "look for a revision or a copy of the model in one of these formats"
+            f"{ref} holds no weights in a format of Hugging Face (model.safetensors or "
+            "pytorch_model.bin); look for a copy of the model in one of these, or in GGUF"
         )
     shown = ", ".join(top[:8]) or "nothing"
     raise ModelNotFound(
         f"{ref} is not a model that can be used here: it has neither {CHAT_CONFIG_NAME}, nor "
-        f"config.json with model.safetensors, nor a GGUF file; it holds {shown}"
+        "config.json with model.safetensors or pytorch_model.bin, nor a GGUF file; it holds "
+        + shown
     )
 
 

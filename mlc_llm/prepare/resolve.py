@@ -164,7 +164,7 @@ def find_source(path: Path) -> Path:
         raise ModelNotFound(f"{path} cannot be read ({error.strerror})") from None
     ggufs = [name for name in names if name.lower().endswith(".gguf")]
     has_config = "config.json" in names
-    if has_config and (not ggufs or any(name.endswith(".safetensors") for name in names)):
+    if has_config and (not ggufs or any(name.endswith((".safetensors", ".bin")) for name in names)):
         return path
     if len(ggufs) == 1:
         return path / ggufs[0]

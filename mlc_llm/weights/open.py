@@ -11,7 +11,11 @@ from mlc_llm.weights.source import WeightSource
 
 SOURCE_FORMATS = ("auto", "huggingface-torch", "huggingface-safetensor", "gguf", "awq")
 
-_FORMATS_IN_WORDS = "a Hugging Face directory with safetensors files, or a .gguf file"
+_FORMATS_IN_WORDS = "a Hugging Face directory with safetensors or PyTorch files, or a .gguf file"
+_CONTAINERS = {
+    "huggingface-safetensor": huggingface.SAFETENSORS,
+    "huggingface-torch": huggingface.TORCH,
+}
 
 
 def open_source(path: Path, source_format: str = "auto") -> WeightSource:
@@ -25,7 +29,7 @@ def open_source(path: Path, source_format: str = "auto") -> WeightSource:
             f"--source-format {source_format!r} is not known; "
             f"choose one of {', '.join(SOURCE_FORMATS)}"
         )
-    if source_format in ("huggingface-torch", "awq"):
+    if source_format == "awq":
         raise UnsupportedModel(
             f"--source-format {source_format} is not supported; use {_FORMATS_IN_WORDS}"
         )
@@ -48,15 +52,16 @@ def _open(path: Path, source_format: str) -> WeightSource:
 
         return GGUFSource(_find_gguf(path))
     _check_directory(path)
-    return huggingface.HuggingFaceSource(path)
+    return huggingface.HuggingFaceSource(path, _CONTAINERS[source_format])
 
 
 def _detect_format(path: Path) -> str:
     if path.is_file():
         return "gguf" if path.suffix == ".gguf" else _detect_by_content(path)
-    if _has_safetensors(path) or not _gguf_files(path):
-        return "huggingface-safetensor"
-    return "gguf"
+    for source_format, container in _CONTAINERS.items():
+        if container.is_in(path):
+            return source_format
+    return "gguf" if _gguf_files(path) else "huggingface-safetensor"
 
 
 def _detect_by_content(path: Path) -> str:
@@ -66,11 +71,6 @@ def _detect_by_content(path: Path) -> str:
     if path.suffix == ".safetensors":
         raise UnsupportedModel(f"{path} is one file of a model; give its directory {path.parent}")
     raise UnsupportedModel(f"{path} is not a model; give {_FORMATS_IN_WORDS}")
-
-
-def _has_safetensors(directory: Path) -> bool:
-    names = (huggingface.SINGLE_NAME, huggingface.INDEX_NAME)
-    return any((directory / name).is_file() for name in names)
 
 
 def _gguf_files(directory: Path) -> list[Path]:
@@ -106,12 +106,10 @@ def _check_directory(path: Path) -> None:
             f"{path} has no {huggingface.CONFIG_NAME}, so it is not a model; "
             f"give {_FORMATS_IN_WORDS}"
         )
-    if not _has_safetensors(path):
-        if any(name.endswith((".bin", ".pt", ".pth")) for name in names):
-            raise UnsupportedModel(
-                f"{path} has its weights in PyTorch files only; use a repository with safetensors"
-            )
+    if not any(container.is_in(path) for container in _CONTAINERS.values()):
+        names_wanted = [
+            name for c in _CONTAINERS.values() for name in (c.single_name, c.index_name)
+        ]
         raise ModelNotFound(
-            f"{path} has a {huggingface.CONFIG_NAME} but no weights "
-            f"({huggingface.SINGLE_NAME} or {huggingface.INDEX_NAME})"
+            f"{path} has a {huggingface.CONFIG_NAME} but no weights ({', '.join(names_wanted)})"
         )

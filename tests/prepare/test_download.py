@@ -409,9 +409,18 @@ def test_weights_in_two_layouts_are_taken_once() -> None:
     assert select_files(names, REF) == ["config.json", "model-00001-of-00001.safetensors"]
 
 
-def test_pytorch_checkpoint_is_not_supported() -> None:
-    with pytest.raises(UnsupportedModel, match="PyTorch checkpoints only"):
-        select_files(["config.json", "pytorch_model.bin"], REF)
+def test_pytorch_weights_are_taken_where_there_are_no_safetensors() -> None:
+    shards = ["pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"]
+    index = "pytorch_model.bin.index.json"
+    names = ["config.json", "training_args.bin", index, *shards]
+    assert select_files(names, REF) == ["config.json", index, *shards]
+    chosen = select_files([*names, "model.safetensors"], REF)
+    assert chosen == ["config.json", index, "model.safetensors"]
+
+
+def test_other_checkpoints_are_not_supported() -> None:
+    with pytest.raises(UnsupportedModel, match="no weights in a format of Hugging Face"):
+        select_files(["config.json", "consolidated.00.pth"], REF)
 
 
 def test_repository_without_a_model() -> None:

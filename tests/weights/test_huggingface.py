@@ -162,7 +162,7 @@ def test_truncated_data_says_so(hf_dir):
 def test_other_dtypes_are_refused_when_read(hf_dir):
     save_file({"x": np.zeros(3, np.int64)}, hf_dir / "model.safetensors")
     source = HuggingFaceSource(hf_dir)
-    with pytest.raises(UnsupportedModel, match=r"tensor x in .* is I64"):
+    with pytest.raises(UnsupportedModel, match=r"tensor x in .* is int64"):
         source.read("x")
     with pytest.raises(ParameterMismatch, match="has no tensor y"):
         source.shape("y")

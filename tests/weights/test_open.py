@@ -86,7 +86,7 @@ def test_no_weights(hf_dir):
     with pytest.raises(ModelNotFound, match=r"has a config\.json but no weights"):
         open_source(hf_dir)
     (hf_dir / "pytorch_model.bin").write_bytes(b"x")
-    with pytest.raises(UnsupportedModel, match="PyTorch files only; use a repository with"):
+    with pytest.raises(CorruptFile, match=r"pytorch_model\.bin is not a PyTorch checkpoint"):
         open_source(hf_dir)
 
 
@@ -110,7 +110,7 @@ def test_config_that_is_a_directory(hf_dir):
         open_source(hf_dir)
 
 
-@pytest.mark.parametrize("source_format", ["huggingface-torch", "awq"])
+@pytest.mark.parametrize("source_format", ["awq"])
 def test_formats_we_do_not_read(hf_dir, source_format):
     with pytest.raises(UnsupportedModel, match=f"--source-format {source_format} is not supported"):
         open_source(hf_dir, source_format)

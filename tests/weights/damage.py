@@ -1,0 +1,66 @@
+"""Damage files in reproducible ways, and hold what reads them to errors of ours and to limits."""
+
+import random
+import time
+import tracemalloc
+from collections.abc import Callable, Iterator
+
+from mlc_llm.errors import MlcError
+
+MAX_SECONDS_EACH = 2.0
+MAX_BYTES = 32 << 20
+
+
+def damaged_copies(
+    whole: bytes, seed: int, rounds: int, reach: int | None = None
+) -> Iterator[bytes]:
+    """Yield damaged copies of a file: cut off, bits flipped, bytes replaced, parts lost or twice.
+
+    reach: bytes from the begin in which most of the damage happens; the rest has values, not form.
+    """
+    rng = random.Random(seed)
+    reach = reach or len(whole)
+    for number in range(rounds):
+        damaged = bytearray(whole)
+        match number % 6:
+            case 0:
+                del damaged[rng.randrange(len(whole)) :]
+            case 1 | 2:
+                for _ in range(rng.randint(1, 4)):
+                    damaged[rng.randrange(reach)] ^= 1 << rng.randrange(8)
+            case 3:
+                at = rng.randrange(reach)
+                size = rng.choice((1, 2, 4, 8))
+                damaged[at : at + size] = bytes(rng.choice((0, 255, 127)) for _ in range(size))
+            case 4:
+                at = rng.randrange(reach)
+                del damaged[at : at + rng.randint(1, 16)]
+            case _:
+                at = rng.randrange(reach)
+                damaged[at:at] = damaged[at : at + rng.randint(1, 16)]
+        yield bytes(damaged)
+
+
+def count_refusals(copies: Iterator[bytes], use: Callable[[bytes], None]) -> int:
+    """Return how many copies `use` refused with an error of ours.
+
+    Any other error fails the test, and so does one that takes long or much memory.
+    """
+    refused = 0
+    tracemalloc.start()
+    try:
+        for number, copy in enumerate(copies):
+            tracemalloc.reset_peak()
+            held = tracemalloc.get_traced_memory()[0]
+            start = time.monotonic()
+            try:
+                use(copy)
+            except MlcError as error:
+                refused += 1
+                assert len(str(error)) < 2000, f"copy {number}: a message nobody reads"
+            peak = tracemalloc.get_traced_memory()[1] - held
+            assert peak < MAX_BYTES, f"copy {number} took {peak:,} bytes"
+            assert time.monotonic() - start < MAX_SECONDS_EACH, f"copy {number} took too long"
+    finally:
+        tracemalloc.stop()
+    return refused
