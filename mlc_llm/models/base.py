@@ -239,7 +239,8 @@ class Family:
     """A model family: how its configuration is read, its module built, its weights found.
 
     fused maps a module path suffix to the Hugging Face modules joined in it along the output
-    dimension; every other parameter has the name that Hugging Face gives it.
+    dimension; every other parameter has the name that Hugging Face gives it. special returns the
+    rule of a parameter that is made in another way, None for all others.
     """
 
     name: str
@@ -247,6 +248,7 @@ class Family:
     config: type[DecoderConfig]
     build: Callable[[Any, str], CausalLM]
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    special: Callable[[Any, str], ParamRule | None] | None = None
 
     def config_from_huggingface(self, config: Mapping[str, Any]) -> DecoderConfig:
         """Read the content of `config.json`. Raises CorruptFile or UnsupportedModel."""
@@ -256,8 +258,11 @@ class Family:
         """Read an artifact's `model_config`. Raises CorruptFile or UnsupportedModel."""
         return self.config.from_json(model_config)
 
-    def rule_for(self, parameter: str) -> ParamRule:
+    def rule_for(self, parameter: str, config: DecoderConfig) -> ParamRule:
         """Return which checkpoint tensors make up a parameter of the unquantized model."""
+        special = None if self.special is None else self.special(config, parameter)
+        if special is not None:
+            return special
         path, _, leaf = parameter.rpartition(".")
         for suffix, parts in self.fused.items():
             if path.endswith(suffix):

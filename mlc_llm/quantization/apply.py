@@ -70,7 +70,7 @@ def plan_parameters(family: Family, config: DecoderConfig, scheme: Scheme) -> li
         else:
             outputs = (TensorSpec(name, shape, parameter.dtype),)
             store = _cast_store(parameter.dtype)
-        plans.append(ParamPlan(name, shape, family.rule_for(name), outputs, store))
+        plans.append(ParamPlan(name, shape, family.rule_for(name, config), outputs, store))
     return plans
 
 

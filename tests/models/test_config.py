@@ -141,11 +141,11 @@ def test_family_is_found_by_architecture_or_name() -> None:
 
 
 def test_fused_parameters_have_their_parts() -> None:
-    rule = get_family("qwen2").rule_for("model.layers.3.self_attn.c_attn.bias")
+    rule = get_family("qwen2").rule_for("model.layers.3.self_attn.c_attn.bias", read("qwen2"))
     assert rule.sources == tuple(f"model.layers.3.self_attn.{part}_proj.bias" for part in "qkv")
-    rule = get_family("llama").rule_for("model.layers.0.mlp.gate_up_proj.weight")
+    rule = get_family("llama").rule_for("model.layers.0.mlp.gate_up_proj.weight", read())
     assert rule.sources == (
         "model.layers.0.mlp.gate_proj.weight",
         "model.layers.0.mlp.up_proj.weight",
     )
-    assert get_family("llama").rule_for("lm_head.weight").sources == ("lm_head.weight",)
+    assert get_family("llama").rule_for("lm_head.weight", read()).sources == ("lm_head.weight",)
