@@ -110,7 +110,7 @@ def read_cases() -> Iterator[Case]:
     """A kernel that sums vectors, fetched ahead: the bandwidth that others can reach."""
     from tvm.script import tirx as T
 
-    from mlc_llm.kernels.cpu.int8_linear import PREFETCH_BYTES
+    from mlc_llm.kernels.cpu.int8_tiles import PREFETCH_BYTES
 
     chains, steps, lanes = 4, 256, 16
     ahead = PREFETCH_BYTES // 4
@@ -166,16 +166,16 @@ def linear_cases(
     rng: np.random.Generator,
 ) -> Iterator[Case]:
     """A linear layer with int8 activations; few rows stream the weights, many multiply."""
-    from mlc_llm.kernels.cpu import int8_linear
+    from mlc_llm.kernels.cpu import int8_linear, int8_tiles
     from mlc_llm.kernels.cpu.activations import TILE, Int8Shape
     from mlc_llm.kernels.cpu.group_linear import GroupFormat
 
     form = GroupFormat(bits, 32, "float16", False)
     shape = Int8Shape(out_features, in_features, form, isa)
-    usual = int8_linear.PREFETCH_BYTES
-    int8_linear.PREFETCH_BYTES = usual if distance is None else distance
+    usual = int8_tiles.PREFETCH_BYTES
+    int8_tiles.PREFETCH_BYTES = usual if distance is None else distance
     kernel = int8_linear.matmul(shape, None)
-    int8_linear.PREFETCH_BYTES = usual
+    int8_tiles.PREFETCH_BYTES = usual
     words = rng.integers(0, 1 << 32, form.word_shape(out_features, in_features), np.uint32)
     scales = rng.random(form.scale_shape(out_features, in_features)).astype(np.float16)
     size = words.nbytes + scales.nbytes

@@ -55,6 +55,11 @@ def rows_in_order(first: Any, n: Any, bias: Callable[[Any, int], Any] | None = N
     )
 
 
+def padded_rows(first: Any, n: Any, bias: Callable[[Any, int], Any] | None = None) -> TileRows:
+    """Return the rows from `first` on, of n in all, where activations go on to the tile's end."""
+    return TileRows(lambda i: first + i, lambda i: first + i, lambda i: first + i < n, bias)
+
+
 def bias_of(buffer: Any) -> Callable[[Any, int], Any]:
     """Return a function from an output and a number of lanes to the bias of these outputs."""
     return lambda start, lanes: T.Cast(lane_dtype("float32", lanes), buffer[span(start, lanes)])
