@@ -16,6 +16,10 @@ _LOCAL_MAX_SEQUENCES = 4
 _LOCAL_MAX_TOKENS = 8192
 # An engine whose cache holds fewer tokens is of no use, unless more were never asked for.
 _MIN_TOKENS = 256
+# Tokens of models without a KV cache cost nothing but their numbers; still there is an end.
+_MAX_NUMBERED_TOKENS = 1 << 20
+# Snapshots a sequence leaves: at the end of its prompt and of its answer.
+_SNAPSHOTS_A_SEQUENCE = 2
 # A row of logits, float32: what the library returns, its rows in another order, sampling weights.
 _BYTES_PER_LOGIT = 12
 _KIB, _MIB, _GIB = 1 << 10, 1 << 20, 1 << 30
@@ -26,6 +30,7 @@ class MemoryPlan:
     """What an engine will have, and where the memory goes; prints as a short table.
 
     max_idle_pages: pages that may be kept for later prompts while nobody uses them.
+    num_state_slots: recurrent states, of sequences at work and snapshots; 0 for models without.
     """
 
     num_pages: int
@@ -34,8 +39,10 @@ class MemoryPlan:
     max_total_sequence_length: int
     prefill_chunk_size: int
     max_idle_pages: int
+    num_state_slots: int
     weights_bytes: int
     workspace_bytes: int
+    state_bytes: int
     kv_bytes: int
     free_bytes: int
     utilization: float
@@ -45,7 +52,7 @@ class MemoryPlan:
     @property
     def total_bytes(self) -> int:
         """Bytes of everything together."""
-        return self.weights_bytes + self.workspace_bytes + self.kv_bytes
+        return self.weights_bytes + self.workspace_bytes + self.state_bytes + self.kv_bytes
 
     @property
     def usable_bytes(self) -> int:
@@ -54,17 +61,15 @@ class MemoryPlan:
 
     def __str__(self) -> str:
         layout = self.kv_layout
-        rows = [
-            ("weights", self.weights_bytes, ""),
-            ("workspace", self.workspace_bytes, ""),
-            (
-                "KV cache",
-                self.kv_bytes,
-                f"{self.max_total_sequence_length:,} tokens of {layout.bytes_per_token:,} bytes "
-                f"({layout.dtype})",
-            ),
-            ("together", self.total_bytes, f"may use {_size(self.usable_bytes)},"),
-        ]
+        rows = [("weights", self.weights_bytes, ""), ("workspace", self.workspace_bytes, "")]
+        if self.num_state_slots:
+            num_snapshots = self.num_state_slots - self.max_num_sequence
+            note = f"{self.max_num_sequence} sequences and {num_snapshots} snapshots"
+            rows.append(("state", self.state_bytes, note))
+        if layout.num_layers:
+            note = f"{self.max_total_sequence_length:,} tokens of {layout.bytes_per_token:,} bytes"
+            rows.append(("KV cache", self.kv_bytes, f"{note} ({layout.dtype})"))
+        rows.append(("together", self.total_bytes, f"may use {_size(self.usable_bytes)},"))
         lines = [f"  {name:<9} {_size(value):>9}  {note}".rstrip() for name, value, note in rows]
         return "\n".join(
             [
@@ -88,18 +93,35 @@ def plan_memory(
     """
     mode: Mode = config.mode or "local"
     layout = metadata.kv_cache
-    num_sequences = _num_sequences(mode, config, metadata)
     max_single = config.max_single_sequence_length or metadata.context_window_size
     chunk = config.prefill_chunk_size or metadata.prefill_chunk_size
     _require("max_single_sequence_length", max_single, "context_window_size", metadata)
     _require("prefill_chunk_size", chunk, "prefill_chunk_size", metadata)
 
-    workspace = _workspace_bytes(metadata, num_sequences)
     utilization = config.gpu_memory_utilization or DEFAULT_MEMORY_UTILIZATION
     usable = int(free_bytes * utilization)
+    num_sequences, num_slots = _num_sequences(mode, config, metadata), 0
+    slot_bytes = sum(spec.size_bytes for spec in metadata.states)
+    if slot_bytes:
+        room = max(usable - weights_bytes - _workspace_bytes(metadata, num_sequences), 0)
+        num_sequences, num_snapshots = _states(config, num_sequences, room // slot_bytes)
+        num_slots = num_sequences + num_snapshots
+    elif config.max_history_size:
+        raise OptionError(
+            f"max_history_size={config.max_history_size} counts snapshots of recurrent state; "
+            f"{metadata.model_type} has none, its KV cache keeps earlier prompts; leave it out"
+        )
+    workspace = _workspace_bytes(metadata, num_sequences)
     page_bytes = layout.page_size * layout.bytes_per_token
-    capacity = max(usable - weights_bytes - workspace, 0) // page_bytes * layout.page_size
-    total = _total_tokens(mode, config, capacity, max_single, num_sequences)
+    if page_bytes:
+        left = max(usable - weights_bytes - workspace - num_slots * slot_bytes, 0)
+        capacity = left // page_bytes * layout.page_size
+        total = _total_tokens(mode, config, capacity, max_single, num_sequences)
+    else:
+        # Running sequences, and as many that have ended.
+        most = max(_MAX_NUMBERED_TOKENS, max_single)
+        capacity = min(2 * num_sequences * max_single, most)
+        total = config.max_total_sequence_length or capacity
     num_pages = -(-total // layout.page_size)
     max_single = min(max_single, num_pages * layout.page_size)
     if config.prefill_chunk_size is None and mode != "server":
@@ -111,15 +133,17 @@ def plan_memory(
         max_total_sequence_length=num_pages * layout.page_size,
         prefill_chunk_size=chunk,
         max_idle_pages=_idle_pages(config, num_sequences, max_single, num_pages, layout.page_size),
+        num_state_slots=num_slots,
         weights_bytes=weights_bytes,
         workspace_bytes=workspace,
+        state_bytes=num_slots * slot_bytes,
         kv_bytes=num_pages * page_bytes,
         free_bytes=free_bytes,
         utilization=utilization,
         mode=mode,
         kv_layout=layout,
     )
-    if plan.max_total_sequence_length > capacity:
+    if plan.total_bytes > usable:
         raise DeviceError(_explain_shortage(plan, capacity))
     return plan
 
@@ -142,6 +166,27 @@ def _num_sequences(mode: Mode, config: EngineConfig, metadata: LibraryMetadata) 
         return 1
     most = metadata.max_batch_size
     return min(_LOCAL_MAX_SEQUENCES, most) if mode == "local" else most
+
+
+def _states(config: EngineConfig, num_sequences: int, num_fitting: int) -> tuple[int, int]:
+    """Return for how many sequences there are states, and how many snapshots are kept.
+
+    num_fitting: states that memory has room for. What was not asked for takes at most half of it
+    for sequences, and of the rest a quarter for snapshots.
+    """
+    if config.max_num_sequence is None:
+        num_sequences = max(min(num_sequences, num_fitting // 2), 1)
+    if config.prefix_cache_mode == "disable":
+        return num_sequences, 0
+    if config.max_history_size is not None:
+        return num_sequences, config.max_history_size
+    num_ended = config.prefix_cache_max_num_recycling_seqs
+    if num_ended is None:
+        num_ended = num_sequences
+    room = max(num_fitting - num_sequences, 0) // 4
+    if num_ended == -1:
+        return num_sequences, room
+    return num_sequences, min(_SNAPSHOTS_A_SEQUENCE * (num_sequences + num_ended), room)
 
 
 def _workspace_bytes(metadata: LibraryMetadata, num_sequences: int) -> int:
@@ -186,23 +231,35 @@ def _explain_shortage(plan: MemoryPlan, capacity: int) -> str:
     if plan.total_bytes < 0.98 * plan.free_bytes:
         needed = -(-100 * plan.total_bytes // plan.free_bytes) / 100
         to_free += f", or allow more of it with gpu_memory_utilization={needed:.2f}"
-    if capacity >= _MIN_TOKENS:
+    has_pages = plan.kv_layout.num_layers > 0
+    if capacity >= _MIN_TOKENS and has_pages:
         less = f"ask for a cache of at most {capacity:,} tokens (max_total_seq_length={capacity})"
         less += ", or lower context_window_size to that"
     else:
-        less = "ask for less: max_num_sequence=1, a smaller context_window_size"
-    if plan.kv_layout.dtype != "int8":
+        less = "ask for less: max_num_sequence=1"
+        less += ", a smaller context_window_size" if has_pages else ""
+    if has_pages and plan.kv_layout.dtype != "int8":
         less += " or kv_cache_dtype=int8"
+    if plan.num_state_slots > plan.max_num_sequence:
+        less += ", max_history_size=0"
     weights_limit = plan.weights_bytes - lacking
     smaller = (
         f"take a smaller model or a quantization of fewer bits: weights of {_size(weights_limit)}"
         if weights_limit > plan.weights_bytes / 4
         else "take a smaller model"
     )
+    parts = [
+        f"weights {_size(plan.weights_bytes)}",
+        f"workspace {_size(plan.workspace_bytes)}",
+    ]
+    if plan.num_state_slots:
+        parts.append(f"{plan.num_state_slots} recurrent states {_size(plan.state_bytes)}")
+    if has_pages:
+        tokens = f"a KV cache of {plan.max_total_sequence_length:,} tokens"
+        parts.append(f"{tokens} {_size(plan.kv_bytes)}")
     return (
-        f"memory is short by {_size(lacking)}: weights {_size(plan.weights_bytes)}, workspace "
-        f"{_size(plan.workspace_bytes)} and a KV cache of {plan.max_total_sequence_length:,} "
-        f"tokens {_size(plan.kv_bytes)} need {_size(plan.total_bytes)}, of {_size(plan.free_bytes)}"
+        f"memory is short by {_size(lacking)}: {', '.join(parts[:-1])} and {parts[-1]} "
+        f"need {_size(plan.total_bytes)}, of {_size(plan.free_bytes)}"
         f" free {_size(plan.usable_bytes)} may be used. (1) {to_free}; (2) {less}; (3) {smaller}"
     )
 

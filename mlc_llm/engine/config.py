@@ -67,7 +67,6 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "tensor_parallel_shards": ((None, 1), "a model runs on one device only"),
     "pipeline_parallel_stages": ((None, 1), "a model runs on one device only"),
     "kv_cache_page_size": ((PAGE_SIZE,), f"libraries are compiled for pages of {PAGE_SIZE} tokens"),
-    "max_history_size": ((None, 0), "it is for recurrent models, which are not supported"),
     "kv_state_kind": ((None,), "it follows from the model"),
     "speculative_mode": (("disable",), "speculation is not supported"),
     "spec_draft_length": ((0,), "speculation is not supported"),
@@ -94,7 +93,9 @@ class EngineConfig:
     prefix_cache_mode: radix keeps pages of earlier prompts and answers for later requests; disable
     shares nothing. prefix_cache_max_num_recycling_seqs: how much is kept of sequences that have
     ended, counted in sequences of the greatest length; 0 keeps nothing (running sequences still
-    share pages), -1 sets no limit, None stands for max_num_sequence. prefill_mode: hybrid lets
+    share pages), -1 sets no limit, None stands for max_num_sequence. max_history_size: how many
+    snapshots of recurrent state are kept for later prompts, in models that have such state; None
+    for two a sequence, running or ended, as memory allows. prefill_mode: hybrid lets
     tokens of generating sequences ride in the same step as a piece of a prompt; with chunked, a
     step with prompt tokens has no others, and such steps alternate with generation.
 

@@ -87,7 +87,7 @@ def open_model(
     parameters = load_parameters(artifact, loaded, progress)
     weights_bytes = sum(array.nbytes for array in parameters)
     plan = plan_memory(metadata, engine_config, weights_bytes, free_bytes)
-    runner = CompiledRunner(loaded, parameters, plan.num_pages)
+    runner = CompiledRunner(loaded, parameters, plan.num_pages, plan.num_state_slots)
     engine = Engine(
         runner,
         max_num_sequence=plan.max_num_sequence,

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from fakes import make_metadata
 
-from mlc_llm.artifact import KVCacheLayout
+from mlc_llm.artifact import KVCacheLayout, TensorSpec
 from mlc_llm.engine.capacity import MemoryPlan, plan_memory
 from mlc_llm.engine.config import EngineConfig
 from mlc_llm.errors import DeviceError, OptionError
@@ -193,3 +193,72 @@ def test_the_plan_is_a_short_table() -> None:
         "  together    123 MiB  may use 6.8 GiB, 85% of the 8.0 GiB that are free",
         "  at once           4  sequences of up to 2,048 tokens; up to 512 prompt tokens a step",
     ]
+
+
+# One slot of recurrent state is 1 MiB.
+STATES = [TensorSpec("a", (3, 1 << 16), "float32"), TensorSpec("b", (1 << 16,), "float32")]
+HYBRID = {"states": STATES}
+RECURRENT = {"states": STATES, "kv_cache": KVCacheLayout(0, 1, 64, 16, "float16")}
+
+
+@pytest.mark.parametrize("library", [HYBRID, RECURRENT])
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, (4, 16)),
+        ({"mode": "interactive"}, (1, 4)),
+        ({"mode": "server"}, (32, 128)),
+        ({"max_num_sequence": 3, "max_history_size": 7}, (3, 7)),
+        ({"max_history_size": 0}, (4, 0)),
+        ({"prefix_cache_max_num_recycling_seqs": 0}, (4, 8)),
+        ({"prefix_cache_mode": "disable"}, (4, 0)),
+    ],
+)
+def test_states_of_sequences_and_snapshots(library, settings, expected) -> None:
+    found = plan(library=library, **settings)
+    num_sequences, num_snapshots = expected
+    assert found.max_num_sequence == num_sequences
+    assert found.num_state_slots == num_sequences + num_snapshots
+    assert found.state_bytes == found.num_state_slots * MIB
+    assert found.total_bytes == WEIGHTS + found.workspace_bytes + found.state_bytes + found.kv_bytes
+    assert found.total_bytes <= found.usable_bytes
+
+
+def test_a_server_has_as_many_states_as_memory_bears() -> None:
+    found = plan(180 * MIB, library=HYBRID, mode="server")
+    assert 20 <= found.max_num_sequence < 32 and found.num_state_slots > found.max_num_sequence
+    assert found.max_total_sequence_length >= 256
+    assert found.total_bytes <= found.usable_bytes
+
+
+def test_tokens_of_models_without_a_cache_are_free() -> None:
+    found = plan(library=RECURRENT, mode="server")
+    assert found.kv_bytes == 0
+    assert found.max_single_sequence_length == 2048
+    assert found.max_total_sequence_length == 2 * 32 * 2048
+    long = plan(library={**RECURRENT, "context_window_size": 1 << 22})
+    assert long.max_single_sequence_length == long.max_total_sequence_length == 1 << 22
+
+
+def test_the_plan_of_a_recurrent_model() -> None:
+    assert str(plan(library=RECURRENT)).splitlines() == [
+        "memory plan (local):",
+        "  weights     100 MiB",
+        "  workspace   7.0 MiB",
+        "  state        20 MiB  4 sequences and 16 snapshots",
+        "  together    127 MiB  may use 6.8 GiB, 85% of the 8.0 GiB that are free",
+        "  at once           4  sequences of up to 2,048 tokens; up to 512 prompt tokens a step",
+    ]
+
+
+def test_too_little_memory_for_states() -> None:
+    with pytest.raises(DeviceError, match="12 recurrent states 12 MiB") as caught:
+        plan(126 * MIB, library=RECURRENT, max_num_sequence=4, max_history_size=8)
+    assert "max_num_sequence=1, max_history_size=0" in str(caught.value)
+    assert "KV cache" not in str(caught.value)
+
+
+def test_snapshots_are_for_recurrent_models() -> None:
+    with pytest.raises(OptionError, match=r"max_history_size=8 .* llama has none"):
+        plan(max_history_size=8)
+    assert plan(max_history_size=0).num_state_slots == 0

@@ -46,7 +46,7 @@ def test_the_fields_of_the_original_are_there() -> None:
         {},
         {"mode": "server", "max_num_sequence": 16, "gpu_memory_utilization": 0.5},
         {"additional_models": [], "tensor_parallel_shards": 1, "pipeline_parallel_stages": 1},
-        {"max_history_size": 0, "kv_cache_page_size": 16, "speculative_mode": "disable"},
+        {"max_history_size": 8, "kv_cache_page_size": 16, "speculative_mode": "disable"},
         {"prefix_cache_mode": "disable", "prefill_mode": "chunked", "verbose": False},
         {"prefix_cache_max_num_recycling_seqs": -1, "request_timeout_s": 0.5},
         {"sliding_window_size": -1, "attention_sink_size": 0, "gpu_memory_utilization": 1},
@@ -66,7 +66,6 @@ def test_accepted(settings) -> None:
         ("tensor_parallel_shards", 2, "one device only"),
         ("pipeline_parallel_stages", 2, "one device only"),
         ("kv_cache_page_size", 32, "pages of 16"),
-        ("max_history_size", 8, "recurrent"),
         ("kv_state_kind", "rnn_state", "follows from the model"),
         ("speculative_mode", "eagle", "speculation is not supported"),
         ("spec_draft_length", 4, "speculation is not supported"),
@@ -138,7 +137,6 @@ def test_every_override_is_honoured_or_refused() -> None:
     assert refused == [
         "tensor_parallel_shards",
         "pipeline_parallel_stages",
-        "max_history_size",
         "spec_draft_length",
         "spec_tree_width",
     ]
