@@ -7,7 +7,9 @@ weights or what a family does with its configuration.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +24,8 @@ from mlc_llm.errors import CorruptFile, OptionError, StorageError
 from mlc_llm.prepare.cache import storage_errors
 from mlc_llm.text.chat_template import find_chat_template
 from mlc_llm.text.conversation import Conversation, detect_conversation, get_conversation
+from mlc_llm.text.formats.find import FILE_PATTERNS
+from mlc_llm.text.settings import SETTINGS_NAME
 from mlc_llm.text.tokenizer import TOKENIZER_NAME, Tokenizer, detect_tokenizer_info
 
 if TYPE_CHECKING:
@@ -29,15 +33,8 @@ if TYPE_CHECKING:
     from mlc_llm.models.config import DecoderConfig
 
 AUTO = "auto"
-_TOKENIZER_FILES = (
-    "tokenizer.model",
-    TOKENIZER_NAME,
-    "vocab.json",
-    "merges.txt",
-    "added_tokens.json",
-    "special_tokens_map.json",
-    "tokenizer_config.json",
-)
+# Beside the files a vocabulary may be in.
+_TOKENIZER_FILES = ("merges.txt", "added_tokens.json", "special_tokens_map.json")
 # Sampling value: (lowest, highest, what it must be, for the message)
 _SAMPLING: dict[str, tuple[float, float, str]] = {
     "temperature": (0.0, math.inf, "0 or more"),
@@ -70,7 +67,7 @@ def generate_chat_config(
             f"the tokenizer in {source_dir} has {tokenizer.vocab_size:,} tokens, the model only "
             f"{model_config.vocab_size:,}; use the tokenizer that came with these weights"
         )
-    tokenizer_json = _read_tokenizer_json(source_dir)
+    _check_added_once(source_dir / TOKENIZER_NAME)
     values = _read_values(source_dir, tokenizer)
     jinja_source = None
     if conv_template == AUTO:
@@ -100,7 +97,7 @@ def generate_chat_config(
             conv_template=conversation.to_json(),
             tokenizer_files=files,
             tokenizer_info=detect_tokenizer_info(
-                tokenizer_json or read_json_object(output / TOKENIZER_NAME)
+                read_json_object(output / TOKENIZER_NAME) if TOKENIZER_NAME in files else {}
             ),
             **values,
         )
@@ -108,19 +105,15 @@ def generate_chat_config(
     return config
 
 
-def _read_tokenizer_json(source_dir: Path) -> dict[str, Any] | None:
-    path = source_dir / TOKENIZER_NAME
-    if not path.is_file():
-        return None
-    content = read_json_object(path)
+def _check_added_once(path: Path) -> None:
     seen: set[str] = set()
+    content = read_json_object(path) if path.is_file() else {}
     for token in content.get("added_tokens") or []:
         if token["content"] in seen:
             raise CorruptFile(
                 f"{path} adds the token {token['content']!r} twice; remove one of the entries"
             )
         seen.add(token["content"])
-    return content
 
 
 def _read_values(source_dir: Path, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -210,15 +203,36 @@ def _place_template(jinja_source: str | None, source_dir: Path, output: Path) ->
 
 
 def _copy_tokenizer(source_dir: Path, output: Path, tokenizer: Tokenizer) -> list[str]:
-    """Copy the tokenizer files; return their names. A tokenizer.json is made if there is none."""
-    names = [name for name in _TOKENIZER_FILES if (source_dir / name).is_file()]
-    for name in names:
-        if not _is_same(source_dir / name, output / name):
-            write_atomically(output / name, (source_dir / name).read_bytes())
-    if TOKENIZER_NAME not in names:
-        write_atomically(output / TOKENIZER_NAME, tokenizer.to_json())
-        names.insert(0, TOKENIZER_NAME)
-    return names
+    """Copy the tokenizer files; return their names.
+
+    Where none says all of the vocabulary, a file that does is made and goes first; settings that
+    only the vocabulary's file has are added to tokenizer_config.json.
+    """
+    patterns = (*FILE_PATTERNS, *_TOKENIZER_FILES)
+    paths = [path for pattern in patterns for path in sorted(source_dir.glob(pattern))]
+    contents = {path.name: path.read_bytes() for path in paths if path.is_file()}
+    if tokenizer.origin is None:
+        name, content = tokenizer.to_file()
+        contents = {name: content, **{**contents, name: content}}
+    settings = _settings_text(source_dir / SETTINGS_NAME, tokenizer.derived_settings)
+    if settings is not None:
+        contents[SETTINGS_NAME] = settings
+    for name, content in contents.items():
+        if not _has_content(output / name, content):
+            write_atomically(output / name, content)
+    return list(contents)
+
+
+def _settings_text(path: Path, derived: Mapping[str, Any]) -> bytes | None:
+    """Return tokenizer_config.json as it is, or with what it lacks; None if there is nothing."""
+    own = read_json_object(path) if path.is_file() else {}
+    if not derived:
+        return path.read_bytes() if path.is_file() else None
+    return (json.dumps({**own, **derived}, ensure_ascii=False, indent=2) + "\n").encode()
+
+
+def _has_content(path: Path, content: bytes) -> bool:
+    return path.is_file() and path.read_bytes() == content
 
 
 def _is_same(left: Path, right: Path) -> bool:

@@ -19,7 +19,7 @@ from typing import IO, Any
 
 from mlc_llm.artifact import CHAT_TEMPLATE_NAME
 from mlc_llm.errors import CorruptFile, RequestError, TemplateError
-from mlc_llm.text.tokenizer import SETTINGS_NAME
+from mlc_llm.text.settings import SETTINGS_NAME
 
 DEFAULT_TIMEOUT_S = 5.0
 DEFAULT_MAX_OUTPUT_CHARS = 8 << 20

@@ -14,7 +14,8 @@ from mlc_llm.artifact import CHAT_CONFIG_NAME, CHAT_TEMPLATE_NAME, ChatConfig
 from mlc_llm.errors import CorruptFile, RequestError
 from mlc_llm.text.chat_template import ChatTemplate, find_chat_template
 from mlc_llm.text.conversation import Conversation
-from mlc_llm.text.tokenizer import Tokenizer, read_settings, special_tokens_of
+from mlc_llm.text.settings import read_settings, special_tokens_of
+from mlc_llm.text.tokenizer import Tokenizer
 
 # Variables that templates are given anyway, or that would not be variables.
 _RESERVED_VARIABLES = frozenset(

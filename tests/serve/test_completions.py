@@ -233,7 +233,7 @@ def test_text_goes_on_with_the_space_of_its_first_token(stories260k: Path) -> No
 
 def test_bos_goes_before_texts_and_not_before_token_ids() -> None:
     settings = {"bos_token": MARK, "add_bos_token": True}
-    tokenizer = Tokenizer(TOKENIZER._inner, settings)
+    tokenizer = Tokenizer(TOKENIZER.vocabulary, settings)
 
     async def work() -> list[int]:
         async with scripted("ab", tokenizer=tokenizer) as model:

@@ -68,10 +68,7 @@ def test_stream_takes_any_ids(tokenizer: Tokenizer, seed: int) -> None:
     size = tokenizer.vocab_size
     odd = [-1, size, size + 7, 1 << 31, 1 << 32, 1 << 70]
     ids = [rng.choice(odd) if rng.random() < 0.1 else rng.randrange(size) for _ in range(500)]
-    text = stream_text(tokenizer, ids)
-    # Around broken bytes the two may show more or fewer marks; no real text may be lost.
-    left = iter(text)
-    assert all(character in left for character in tokenizer.decode(ids) if character.isascii())
+    assert stream_text(tokenizer, ids) == tokenizer.decode(ids)
 
 
 def test_stream_ignores_ids_outside_the_vocabulary(tokenizer: Tokenizer) -> None:
@@ -87,8 +84,7 @@ def test_stream_holds_a_bounded_number_of_tokens() -> None:
     stream = Tokenizer(inner, {}).stream()
     lone_byte = Tokenizer(inner, {}).encode("é")[1]
     spoken = [stream.put(lone_byte) for _ in range(1000)]
-    assert sum(map(len, spoken)) >= 900
-    assert stream.put(lone_byte) in ("", "\ufffd" * 16)
+    assert spoken == ["\ufffd"] * 1000
 
 
 def test_stream_leaves_out_special_tokens_unless_asked() -> None:
@@ -182,7 +178,8 @@ def test_long_texts_have_the_same_tokens_and_let_threads_run(tokenizer: Tokenize
     duration_s = time.perf_counter() - start
     is_done.set()
     thread.join()
-    assert ids == tokenizer._inner.encode(text, add_special_tokens=True).ids
+    inner = tokenizers.Tokenizer.from_buffer(tokenizer.to_file()[1])
+    assert ids == inner.encode(text, add_special_tokens=True).ids
     longest_s = max(np.diff([start, *ticks]), default=duration_s)
     assert longest_s < max(duration_s / 2, 0.05)
 
@@ -219,7 +216,7 @@ def test_missing_and_foreign_tokenizers_say_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFound, match="no tokenizer"):
         Tokenizer.load(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(b"sentencepiece")
-    with pytest.raises(UnsupportedModel, match=r"tokenizer\.json beside it"):
+    with pytest.raises(CorruptFile, match=r"tokenizer\.model is not a SentencePiece model"):
         Tokenizer.load(tmp_path)
 
 
@@ -251,7 +248,8 @@ def test_two_file_tokenizer_is_built(tmp_path: Path, class_name: str) -> None:
     whole = small_tokenizers.byte_level().encode("hello 東京 <|im_start|>x").ids
     assert ids == [*whole, size, 0]
     assert tokenizer.decode(ids) == "hello 東京 x<tool>"
-    (tmp_path / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
+    name, content = tokenizer.to_file()
+    (tmp_path / name).write_bytes(content)
     assert Tokenizer.load(tmp_path).encode(text) == ids
 
 

@@ -63,7 +63,7 @@ def test_it_becomes_a_tokenizer_json(tmp_path: Path) -> None:
     tokenizer = make(tmp_path, tokenizer_class="BertTokenizer")
     text = "Hellos unbelievable [MASK] caf\u00e9"
     expected = tokenizer.encode(text, add_special_tokens=True)
-    (tmp_path / "tokenizer.json").write_text(tokenizer.to_json(), "utf-8")
+    (tmp_path / "tokenizer.json").write_bytes(tokenizer.to_file()[1])
     assert Tokenizer.load(tmp_path).encode(text, add_special_tokens=True) == expected
     assert tokenizer.vocab_size == len(TOKENS)
     assert tokenizer.decode(ids_of("[CLS]", "un", "##believ", "##able", "[SEP]")) == "unbelievable"
