@@ -168,7 +168,7 @@ def linear_cases(
     """A linear layer with int8 activations; few rows stream the weights, many multiply."""
     from mlc_llm.kernels.cpu import int8_linear, int8_tiles
     from mlc_llm.kernels.cpu.activations import TILE, Int8Shape
-    from mlc_llm.kernels.cpu.group_linear import GroupFormat
+    from mlc_llm.kernels.cpu.group_format import GroupFormat
 
     form = GroupFormat(bits, 32, "float16", False)
     shape = Int8Shape(out_features, in_features, form, isa)
@@ -231,7 +231,7 @@ def quantize_cases(isa: str, rows: Sequence[int], rng: np.random.Generator) -> I
     """Quantization of activations, alone and with what comes before it."""
     from mlc_llm.kernels.cpu import activations
     from mlc_llm.kernels.cpu.activations import TILE, Int8Shape, Source
-    from mlc_llm.kernels.cpu.group_linear import GroupFormat
+    from mlc_llm.kernels.cpu.group_format import GroupFormat
 
     width = 2048
     shape = Int8Shape(16, width, GroupFormat(4, 32, "float16", False), isa)

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from tvm.script import tirx as T
 
 from mlc_llm.kernels.cpu.elementwise import rms_factor
-from mlc_llm.kernels.cpu.group_linear import GroupFormat
+from mlc_llm.kernels.cpu.group_format import GroupFormat
 from mlc_llm.kernels.cpu.isa import get_isa
 from mlc_llm.kernels.cpu.vector_math import (
     lane_dtype,

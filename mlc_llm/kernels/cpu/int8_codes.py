@@ -6,7 +6,7 @@ from typing import Any
 
 from tvm.script import tirx as T
 
-from mlc_llm.kernels.cpu.group_linear import GroupFormat
+from mlc_llm.kernels.cpu.group_format import GroupFormat
 
 
 def quad_codes(

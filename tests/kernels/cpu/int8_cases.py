@@ -12,7 +12,7 @@ from mlc_llm.artifact import numpy_dtype
 from mlc_llm.device import host_cpu, missing_features, parse_cpu
 from mlc_llm.kernels.cpu import activations, int8_linear
 from mlc_llm.kernels.cpu.activations import TILE, Int8Shape, Source
-from mlc_llm.kernels.cpu.group_linear import GroupFormat
+from mlc_llm.kernels.cpu.group_format import GroupFormat
 from mlc_llm.kernels.cpu.isa import find_isa
 
 # Each way through the kernel: 1 token, 2, a tile, several tiles, unpacked weights; whole and not.

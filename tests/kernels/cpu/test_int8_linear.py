@@ -23,7 +23,7 @@ from mlc_llm.artifact import numpy_dtype
 from mlc_llm.device import host_cpu
 from mlc_llm.kernels.cpu import group_linear, linear
 from mlc_llm.kernels.cpu.activations import Int8Shape
-from mlc_llm.kernels.cpu.group_linear import GroupFormat
+from mlc_llm.kernels.cpu.group_format import GroupFormat
 from mlc_llm.kernels.cpu.isa import ISAS, find_isa
 from mlc_llm.quantization.apply import group_format
 from mlc_llm.quantization.group import dequantize_group, quantize_group
