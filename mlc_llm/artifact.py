@@ -72,7 +72,10 @@ class TensorSpec:
 
 
 # Declared types of configuration fields that are checked when read.
-_CHECKED: dict[Any, type] = {"str": str, "int": int, "dict[str, Any]": dict, "list[str]": list}
+_CHECKED: dict[Any, type] = {
+    **{"str": str, "int": int, "list[str]": list},
+    **{"dict[str, Any]": dict, "dict[str, str]": dict},
+}
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,8 @@ class ChatConfig:
     eos_token_id: int | list[int] = 2
     model_task: str = "chat"
     embedding_metadata: dict[str, Any] | None = None
+    # Module path -> format, where layers of one quantization differ; our own, MLC LLM has none.
+    layer_formats: dict[str, str] = field(default_factory=dict)
     version: str = CONFIG_VERSION
 
     @staticmethod
@@ -234,16 +239,11 @@ class TensorIndex:
     def verify_checksums(self) -> None:
         """Raise CorruptFile if a shard's MD5 differs from the index. Reads every byte."""
         for path, expected in self.shard_md5.items():
-            with path.open("rb") as stream:
-                digest = hashlib.file_digest(stream, "md5") if _HAS_FILE_DIGEST else None
-                found = digest.hexdigest() if digest else _md5_of(path)
+            found = _md5_of(path)
             if found != expected:
                 raise CorruptFile(
                     f"{path} is damaged (MD5 {found}, expected {expected}); fetch it again"
                 )
-
-
-_HAS_FILE_DIGEST = hasattr(hashlib, "file_digest")
 
 
 def _md5_of(path: Path) -> str:

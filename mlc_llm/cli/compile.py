@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -95,6 +94,7 @@ def compile_library(
 def _read_config(model: Path, quantization: str | None, model_type: str) -> ChatConfig:
     """Read the configuration of an artifact, or derive one from a Hugging Face model's."""
     from mlc_llm.artifact import CHAT_CONFIG_NAME, ChatConfig, read_json_object
+    from mlc_llm.prepare.resolve import read_compile_config
 
     path = model / CHAT_CONFIG_NAME if model.is_dir() else model
     if path.name == CHAT_CONFIG_NAME and path.is_file():
@@ -106,32 +106,4 @@ def _read_config(model: Path, quantization: str | None, model_type: str) -> Chat
         return config
     if quantization is None:
         raise OptionError(f"{model} is not converted yet, so --quantization NAME must be given")
-    return _derive_config(model, quantization, model_type)
-
-
-def _derive_config(model: Path, quantization: str, model_type: str) -> ChatConfig:
-    """Return what a library depends on, from a `config.json` or GGUF file alone."""
-    from mlc_llm.artifact import ChatConfig, read_json_object
-    from mlc_llm.models.registry import find_family
-    from mlc_llm.prepare.resolve import find_source
-    from mlc_llm.weights.open import open_source
-
-    source = find_source(model)
-    if source.is_dir():
-        description = read_json_object(source / "config.json")
-    else:
-        with closing(open_source(source)) as weights:
-            description = weights.config
-    family = find_family(description, model_type)
-    config = family.config_from_huggingface(description)
-    return ChatConfig(
-        model_type=family.name,
-        quantization=quantization,
-        model_config=config.to_json(),
-        vocab_size=config.vocab_size,
-        context_window_size=config.context_window_size,
-        prefill_chunk_size=config.prefill_chunk_size,
-        sliding_window_size=config.sliding_window_size,
-        attention_sink_size=config.attention_sink_size,
-        conv_template={},
-    )
+    return read_compile_config(model, quantization=quantization, model_type=model_type)

@@ -140,12 +140,17 @@ def compile_model(
     target = tvm.target.Target(described["target"])
 
     progress("export")
+    if scheme.kind == "gguf" and not config.layer_formats:
+        raise OptionError(
+            f"quantization {scheme.name} is that of a GGUF file, and the configuration names no "
+            "formats of layers; compile from the .gguf file or from what it was converted to"
+        )
     int8_isa = bf16_isa = None
     if described["activations"] != "float32":
         int8_isa = find_isa(described["isa"]).name
         found = find_bf16_isa(described["isa"])
         bf16_isa = None if found is None else found.name
-    model = build_quantized(family, model_config, scheme, int8_isa, bf16_isa)
+    model = build_quantized(family, model_config, scheme, int8_isa, bf16_isa, config.layer_formats)
     with target:
         mod, parameters = model.export_tvm(model.export_spec(task))
     with _stage_errors("lowering"), target:

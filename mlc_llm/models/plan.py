@@ -36,6 +36,8 @@ class ParamPlan:
     """One parameter of the model before quantization, and what it is stored as.
 
     shape is that of the unquantized parameter; `store` turns it into arrays that match `outputs`.
+    `store_encoded` does so with parts that the checkpoint holds quantized, in the order of the
+    rule's sources, without taking them apart; it returns None for encodings it cannot keep.
     """
 
     name: str
@@ -43,3 +45,4 @@ class ParamPlan:
     rule: ParamRule
     outputs: tuple[TensorSpec, ...]
     store: Quantize
+    store_encoded: Callable[[Sequence[Any]], tuple[NDArray[Any], ...] | None] | None = None

@@ -88,7 +88,7 @@ class GroupQuantizedLinear(nn.Module):
         self.form, self.int8_isa = form, int8_isa
         groups = form.num_groups(self.in_features)
         word_shape = (self.out_features, groups * form.words_per_group)
-        scale_shape = (self.out_features, groups)
+        scale_shape = (self.out_features, groups * form.scales_per_group)
         if form.is_transposed:
             word_shape, scale_shape = word_shape[::-1], scale_shape[::-1]
         self.q_weight = nn.Parameter(word_shape, "uint32")
@@ -113,7 +113,8 @@ class GroupQuantizedEmbedding(nn.Module):
         groups = form.num_groups(self.features)
         words = groups * form.words_per_group
         self.q_weight = nn.Parameter((self.num_embeddings, words), "uint32")
-        self.q_scale = nn.Parameter((self.num_embeddings, groups), form.scale_dtype)
+        scales = groups * form.scales_per_group
+        self.q_scale = nn.Parameter((self.num_embeddings, scales), form.scale_dtype)
 
     def forward(self, ids: nn.Tensor) -> nn.Tensor:
         """Return (n, hidden) float32 for ids (n) int32."""

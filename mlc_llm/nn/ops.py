@@ -187,10 +187,10 @@ def pack_group(
         kernel = kernel_of(linear.interleave, rows, words, "uint32", form.is_transposed)
     else:
         kernel = kernel_of(group_linear.widen_codes, rows, in_features, form)
-    blocks = linear.num_blocks(rows)
+    blocks, columns = linear.num_blocks(rows), groups * form.scales_per_group
     packed_words = emit("pack_words", kernel, [q_weight], [blocks, words, LANES], "uint32")
-    kernel = kernel_of(linear.interleave, rows, groups, q_scale.dtype, form.is_transposed)
-    shape = [blocks, groups, LANES]
+    kernel = kernel_of(linear.interleave, rows, columns, q_scale.dtype, form.is_transposed)
+    shape = [blocks, columns, LANES]
     return packed_words, emit("pack_scales", kernel, [q_scale], shape, q_scale.dtype)
 
 

@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from mlc_llm.artifact import (
@@ -54,6 +55,7 @@ def generate_chat_config(
     quantization: str,
     conv_template: str = AUTO,
 ) -> ChatConfig:
+    layer_formats: Mapping[str, str] = MappingProxyType({}),
     """Write all of an artifact but its weights into `output`, the chat config last; return it.
 
     source_dir: Hugging Face's config.json and tokenizer files. With conv_template "auto" the
@@ -99,6 +101,7 @@ def generate_chat_config(
             tokenizer_info=detect_tokenizer_info(
                 read_json_object(output / TOKENIZER_NAME) if TOKENIZER_NAME in files else {}
             ),
+            layer_formats=dict(layer_formats),
             **values,
         )
         write_chat_config(output, config)

@@ -124,6 +124,7 @@ def library_key(config: ChatConfig, target: Mapping[str, Any], overrides: Mappin
         **compiler_release(),
         "model_type": config.model_type,
         "quantization": config.quantization,
+        "layer_formats": config.layer_formats,
         "model_task": config.model_task,
         "model_config": config.model_config,
         "limits": [

@@ -47,6 +47,7 @@ from mlc_llm.prepare.demo import (
     find_demo_model,
 )
 from mlc_llm.prepare.download import HubAccess, fetch, is_repo, parse_repo
+from mlc_llm.prepare.layer_formats import find_layer_formats, read_layer_formats
 from mlc_llm.prepare.origin import Origin, conversion_key, write_origin
 from mlc_llm.prepare.progress import Progress
 
@@ -253,8 +254,11 @@ def convert_weights(
     scheme = get_scheme(quantization)
     origin = find_source(config_path)
     family, config = read_model(config_path, model_type)
-    with contextlib.closing(open_source(source or origin, source_format)) as weights:
-        plan = plan_parameters(family, config, scheme)
+    with contextlib.closing(open_source(source or origin, source_format)) as opened:
+        formats = find_layer_formats(opened, family, config, quantization)
+        plan = plan_parameters(family, config, scheme, formats)
+        wanted = (name for item in plan for name in item.rule.sources)
+        weights = rename_tensors(opened, wanted, family.base_prefix)
         with storage_errors(output):
             output.mkdir(parents=True, exist_ok=True)
         progress.start(f"Converting {origin.name} to {quantization}", len(plan), "tensors")
@@ -313,6 +317,9 @@ def write_chat_config_for(
             conv_template=conv_template,
         )
 
+            layer_formats=read_layer_formats(
+                find_source(config_path), family, config, quantization
+            ),
 
 @contextlib.contextmanager
 def _huggingface_form(source: Path) -> Iterator[Path]:
@@ -373,3 +380,4 @@ def read_compile_config(
         sliding_window_size=config.sliding_window_size,
         attention_sink_size=config.attention_sink_size,
     )
+        layer_formats=read_layer_formats(find_source(config_path), family, config, quantization),

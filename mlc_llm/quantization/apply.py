@@ -6,6 +6,8 @@ converter turns checkpoint tensors into the parameters of the quantized module.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -13,10 +15,10 @@ from numpy.typing import NDArray
 from tvm.relax.frontend import nn
 
 from mlc_llm.artifact import TensorSpec, numpy_dtype
-from mlc_llm.kernels.cpu.group_linear import GroupFormat
+from mlc_llm.kernels.cpu.group_format import GroupFormat
 from mlc_llm.models.base import CausalLM, Family
 from mlc_llm.models.config import DecoderConfig
-from mlc_llm.models.plan import ParamPlan, Quantize
+from mlc_llm.models.plan import ParamPlan, Quantize, concatenate
 from mlc_llm.nn.linear import (
     Bf16Embedding,
     Bf16Linear,
@@ -25,8 +27,16 @@ from mlc_llm.nn.linear import (
     GroupQuantizedLinear,
     Linear,
 )
+from mlc_llm.nn.packed_linear import AwqLinear, Float8Linear
+from mlc_llm.quantization.formats import FALLBACK_FORMAT, join_formats, parse_format
 from mlc_llm.quantization.group import packed_specs, quantize_group
 from mlc_llm.quantization.schemes import Scheme
+from mlc_llm.quantization.storage import (
+    Storage,
+    awq_storage,
+    float8_storage,
+    native_storage,
+)
 
 _FINAL_LAYERS = ("head", "lm_head", "lm_head.linear", "embed_out")
 
@@ -37,15 +47,18 @@ def build_quantized(
     scheme: Scheme,
     int8_isa: str | None = None,
     bf16_isa: str | None = None,
+    formats: Mapping[str, str] = MappingProxyType({}),
 ) -> CausalLM:
     """Build a family's module with its layers quantized by `scheme`.
+
+    formats: for schemes in which layers differ, the format of each, see `native_formats`.
 
     int8_isa, bf16_isa: instruction sets for kernels that round activations to int8, for quantized
     weights, and to bfloat16, for bfloat16 weights; None keeps activations float32.
     """
     model = family.build(config, scheme.dtype)
     for path, layer in list(_named_modules(model, "")):
-        replacement = _quantized_layer(path, layer, scheme, int8_isa)
+        replacement = _quantized_layer(path, layer, scheme, int8_isa, formats.get(path))
         if replacement is None and scheme.dtype == "bfloat16" and bf16_isa is not None:
             replacement = _bf16_layer(layer, bf16_isa)
         if replacement is not None:
@@ -53,8 +66,16 @@ def build_quantized(
     return model
 
 
-def plan_parameters(family: Family, config: DecoderConfig, scheme: Scheme) -> list[ParamPlan]:
-    """Return, in file order, every parameter of the model and how `scheme` stores it."""
+def plan_parameters(
+    family: Family,
+    config: DecoderConfig,
+    scheme: Scheme,
+    formats: Mapping[str, str] = MappingProxyType({}),
+) -> list[ParamPlan]:
+    """Return, in file order, every parameter of the model and how `scheme` stores it.
+
+    formats: as for `build_quantized`.
+    """
     model = family.build(config, scheme.dtype)
     modules = dict(_named_modules(model, ""))
     plans = []
@@ -62,6 +83,19 @@ def plan_parameters(family: Family, config: DecoderConfig, scheme: Scheme) -> li
         path, _, leaf = name.rpartition(".")
         layer = modules.get(path)
         shape = tuple(int(extent) for extent in parameter.shape)
+        storage = _special_storage(path, layer, shape, scheme, formats.get(path))
+        if leaf == "weight" and storage is not None:
+            plans.append(
+                ParamPlan(
+                    name,
+                    shape,
+                    family.rule_for(name, config),
+                    storage.outputs,
+                    storage.store,
+                    storage.store_encoded,
+                )
+            )
+            continue
         outputs: tuple[TensorSpec, ...]
         if leaf == "weight" and layer is not None and _is_quantized(path, layer, scheme):
             transpose = isinstance(layer, Linear) and scheme.layout == "KN"
@@ -72,6 +106,54 @@ def plan_parameters(family: Family, config: DecoderConfig, scheme: Scheme) -> li
             store = _cast_store(parameter.dtype)
         plans.append(ParamPlan(name, shape, family.rule_for(name, config), outputs, store))
     return plans
+
+
+def native_formats(
+    family: Family,
+    config: DecoderConfig,
+    scheme: Scheme,
+    encoding_of: Callable[[str], str | None],
+) -> dict[str, str]:
+    """Return module path -> format of the layers that a checkpoint holds quantized.
+
+    encoding_of: checkpoint tensor -> the name of the format its codes fit, None where it has none.
+    Layers fused of several tensors get a format that holds the codes of all.
+    """
+    if scheme.kind != "gguf":
+        return {}
+    model = family.build(config, scheme.dtype)
+    formats = {}
+    for path, layer in _named_modules(model, ""):
+        if not isinstance(layer, (Linear, Embedding)):
+            continue
+        rule = family.rule_for(f"{path}.weight", config)
+        found = [encoding_of(name) for name in rule.sources]
+        names = [name for name in found if name is not None]
+        if names and len(names) == len(found) and rule.combine is concatenate:
+            formats[path] = join_formats(names)
+        elif names:
+            formats[path] = FALLBACK_FORMAT
+    return formats
+
+
+def _special_storage(
+    path: str,
+    layer: nn.Module | None,
+    shape: tuple[int, ...],
+    scheme: Scheme,
+    format_name: str | None,
+) -> Storage | None:
+    """Return how a layer's weight is stored, where that is not group quantization or as it is."""
+    if not isinstance(layer, (Linear, Embedding)):
+        return None
+    rows, columns = shape[0], shape[-1]
+    if format_name is not None:
+        return native_storage(path, rows, columns, format_name)
+    if not isinstance(layer, Linear) or path in _FINAL_LAYERS:
+        return None
+    if scheme.kind == "awq":
+        return awq_storage(path, rows, columns, scheme)
+    return float8_storage(path, rows, columns, scheme) if scheme.kind == "float8" else None
 
 
 def group_format(scheme: Scheme, is_linear: bool) -> GroupFormat:
@@ -105,8 +187,20 @@ def _is_quantized(path: str, layer: nn.Module, scheme: Scheme) -> bool:
 
 
 def _quantized_layer(
-    path: str, layer: nn.Module, scheme: Scheme, int8_isa: str | None
+    path: str, layer: nn.Module, scheme: Scheme, int8_isa: str | None, format_name: str | None
 ) -> nn.Module | None:
+    if isinstance(layer, Linear) and path not in _FINAL_LAYERS:
+        if scheme.kind == "awq":
+            return AwqLinear(layer, int8_isa)
+        if scheme.kind == "float8":
+            scales, is_static = scheme.float8_scales, scheme.has_activation_scale
+            return Float8Linear(layer, scheme.float8_dtype, scales, is_static)
+    if format_name is not None:
+        form = parse_format(format_name)
+        if isinstance(layer, Linear):
+            return GroupQuantizedLinear(layer, form, int8_isa)
+        assert isinstance(layer, Embedding)
+        return GroupQuantizedEmbedding(layer, form, int8_isa)
     if not _is_quantized(path, layer, scheme):
         return None
     if isinstance(layer, Linear):

@@ -17,10 +17,9 @@ from numpy.typing import NDArray
 class GroupCodes:
     """A matrix (out, in) of codes; a weight is (code - zero) * scale, or code * scale + minimum.
 
-    codes (out, in) uint8 below 2**bits; scale and minimum (out, in / group size) float32.
+    codes (out, in) uint8; scale and minimum (out, in / group size) float32.
     """
 
-    bits: int
     codes: NDArray[np.uint8]
     scale: NDArray[np.float32]
     zero: int = 0

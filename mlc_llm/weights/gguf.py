@@ -6,16 +6,21 @@ rebuilt by gguf_tokenizer.py, whose `write_tokenizer` is at hand here too.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 from numpy.typing import NDArray
 
 from mlc_llm.errors import CorruptFile, ParameterMismatch, UnsupportedModel
-from mlc_llm.weights.gguf_file import GGUFFile
+from mlc_llm.quantization.encoded import GroupCodes
+from mlc_llm.quantization.formats import OTHER_ENCODING
+from mlc_llm.weights.gguf_codes import FORMATS, decode_blocks
+from mlc_llm.weights.gguf_file import UNQUANTIZED, GGUFFile
 from mlc_llm.weights.gguf_rope import find_llama3_scaling
 from mlc_llm.weights.gguf_tokenizer import write_tokenizer
 
@@ -59,7 +64,7 @@ _QUERY_OR_KEY = re.compile(r"\.(q|k)_proj\.(weight|bias)$")
 
 
 class GGUFSource:
-    """A `.gguf` file (or all parts of a split one); satisfies WeightSource."""
+    """A `.gguf` file (or all parts of a split one); satisfies EncodedSource."""
 
     def __init__(self, path: Path) -> None:
         """Read headers and rebuild the configuration.
@@ -92,12 +97,40 @@ class GGUFSource:
 
     def read(self, name: str) -> NDArray[Any]:
         """Return a tensor in Hugging Face row order, dequantized to float32 where it must be."""
-        tensor = self._file.read(self._find(name))
+        return self._in_order(self._file.read(self._find(name)), name)
+
+    def encoding(self, name: str) -> str | None:
+        """Return the format that a tensor's codes fit, or OTHER_ENCODING; None for plain ones."""
+        tensor = self._file.tensors[self._find(name)]
+        if tensor.type.name in UNQUANTIZED or len(tensor.shape) != 2:
+            return None
+        return FORMATS.get(tensor.type.name, OTHER_ENCODING)
+
+    def read_encoded(self, name: str) -> GroupCodes | None:
+        """Return a tensor's codes in Hugging Face row order, None where they cannot be kept."""
+        stored = self._find(name)
+        tensor = self._file.tensors[stored]
+        kind = tensor.type
+        if kind.name not in FORMATS or len(tensor.shape) != 2:
+            return None
+        block_bytes = gguf.GGML_QUANT_SIZES[kind][1]
+        blocks = self._file.read_bytes(stored).reshape(-1, block_bytes)
+        decoded = decode_blocks(blocks, kind.name, tensor.shape[0])
+        minimum = decoded.minimum
+        return dataclasses.replace(
+            decoded,
+            codes=self._in_order(decoded.codes, name),
+            scale=self._in_order(decoded.scale, name),
+            minimum=None if minimum is None else self._in_order(minimum, name),
+        )
+
+    def _in_order(self, rows: NDArray[Any], name: str) -> NDArray[Any]:
+        """Return rows as Hugging Face orders them."""
         match = _QUERY_OR_KEY.search(name)
         if match and self._architecture.permuted:
             heads = "num_attention_heads" if match[1] == "q" else "num_key_value_heads"
-            return _restore_halves(tensor, self.config[heads], name)
-        return tensor
+            return _restore_halves(rows, self.config[heads], name)
+        return rows
 
     def files(self) -> list[Path]:
         """Return the parts of the file."""

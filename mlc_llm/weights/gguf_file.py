@@ -39,6 +39,8 @@ _SCALARS = {
     **{6: "<f4", 7: "|b1", 10: "<u8", 11: "<i8", 12: "<f8"},
 }
 _PLAIN: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+# Encodings of single values.
+UNQUANTIZED = frozenset(("F64", *_PLAIN, "I8", "I16", "I32", "I64"))
 _SPLIT_NAME = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 
 
@@ -92,16 +94,21 @@ class GGUFFile:
         if name not in self.tensors:
             raise ParameterMismatch(f"{self.path} has no tensor {name}")
         tensor = self.tensors[name]
-        try:
-            raw = np.memmap(tensor.path, np.uint8, "r", tensor.offset, (tensor.size_bytes,))
-        except (OSError, ValueError) as error:
-            raise CorruptFile(f"{tensor.path} cannot be read ({error}); fetch it again") from None
+        raw = self.read_bytes(name)
         if tensor.type.name in _PLAIN:
             plain: NDArray[Any] = raw.view(_PLAIN[tensor.type.name])
             return plain.reshape(tensor.shape)
         if tensor.type.name == "F64":
             return raw.view(np.float64).astype(np.float32).reshape(tensor.shape)
         return _dequantize(raw, tensor)
+
+    def read_bytes(self, name: str) -> NDArray[np.uint8]:
+        """Map the bytes of a tensor, read-only. Raises CorruptFile."""
+        tensor = self.tensors[name]
+        try:
+            return np.memmap(tensor.path, np.uint8, "r", tensor.offset, (tensor.size_bytes,))
+        except (OSError, ValueError) as error:
+            raise CorruptFile(f"{tensor.path} cannot be read ({error}); fetch it again") from None
 
     def _check_split(self) -> None:
         count = self.get("split.count", int, 1)

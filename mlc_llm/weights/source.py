@@ -50,9 +50,9 @@ class EncodedSource(WeightSource, Protocol):
     """
 
     def encoding(self, name: str) -> str | None:
-        """Return the name of the `GroupFormat` a tensor's codes fit, or None for other tensors.
+        """Return the format that a tensor's codes fit, see `quantization.formats`.
 
-        Does not read the tensor. Only GGUF files have such codes.
+        "other" where none does, None where it has no codes; only GGUF files have. Does not read it.
         """
         ...
 
