@@ -136,15 +136,15 @@ def compile_model(
         raise OptionError(f"model_task={task!r} is not one of {', '.join(STEP_ENTRIES)}")
     model_config = family.config_from_json(config.model_config).with_overrides(overrides)
     scheme = get_scheme(config.quantization)
-    described = describe_target(options.device, options.opt)
-    target = tvm.target.Target(described["target"])
-
-    progress("export")
     if scheme.kind == "gguf" and not config.layer_formats:
         raise OptionError(
             f"quantization {scheme.name} is that of a GGUF file, and the configuration names no "
             "formats of layers; compile from the .gguf file or from what it was converted to"
         )
+    described = describe_target(options.device, options.opt)
+    target = tvm.target.Target(described["target"])
+
+    progress("export")
     int8_isa = bf16_isa = None
     if described["activations"] != "float32":
         int8_isa = find_isa(described["isa"]).name

@@ -54,8 +54,8 @@ def generate_chat_config(
     model_config: DecoderConfig,
     quantization: str,
     conv_template: str = AUTO,
-) -> ChatConfig:
     layer_formats: Mapping[str, str] = MappingProxyType({}),
+) -> ChatConfig:
     """Write all of an artifact but its weights into `output`, the chat config last; return it.
 
     source_dir: Hugging Face's config.json and tokenizer files. With conv_template "auto" the
@@ -96,12 +96,12 @@ def generate_chat_config(
             tensor_parallel_shards=fields.get("tensor_parallel_shards", 1),
             pipeline_parallel_stages=fields.get("pipeline_parallel_stages", 1),
             active_vocab_size=tokenizer.vocab_size,
+            layer_formats=dict(layer_formats),
             conv_template=conversation.to_json(),
             tokenizer_files=files,
             tokenizer_info=detect_tokenizer_info(
                 read_json_object(output / TOKENIZER_NAME) if TOKENIZER_NAME in files else {}
             ),
-            layer_formats=dict(layer_formats),
             **values,
         )
         write_chat_config(output, config)

@@ -254,9 +254,11 @@ def convert_weights(
     scheme = get_scheme(quantization)
     origin = find_source(config_path)
     family, config = read_model(config_path, model_type)
-    with contextlib.closing(open_source(source or origin, source_format)) as weights:
-        formats = find_layer_formats(weights, family, config, quantization)
+    with contextlib.closing(open_source(source or origin, source_format)) as opened:
+        formats = find_layer_formats(opened, family, config, quantization)
         plan = plan_parameters(family, config, scheme, formats)
+        wanted = (name for item in plan for name in item.rule.sources)
+        weights = rename_tensors(opened, wanted, family.base_prefix)
         with storage_errors(output):
             output.mkdir(parents=True, exist_ok=True)
         progress.start(f"Converting {origin.name} to {quantization}", len(plan), "tensors")
@@ -375,7 +377,7 @@ def read_compile_config(
         context_window_size=config.context_window_size,
         prefill_chunk_size=config.prefill_chunk_size,
         conv_template={},
+        layer_formats=read_layer_formats(find_source(config_path), family, config, quantization),
         sliding_window_size=config.sliding_window_size,
         attention_sink_size=config.attention_sink_size,
     )
-        layer_formats=read_layer_formats(find_source(config_path), family, config, quantization),

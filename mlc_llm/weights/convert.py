@@ -88,11 +88,11 @@ def convert(
 
 def _make_outputs(item: ParamPlan, source: WeightSource) -> tuple[NDArray[Any], ...]:
     try:
-        parts = [source.read(name) for name in item.rule.sources]
-        combined = item.rule.combine(parts)
         kept = _keep_encoding(item, source)
         if kept is not None:
             return kept
+        parts = [source.read(name) for name in item.rule.sources]
+        combined = item.rule.combine(parts)
         del parts
         if combined.shape != item.shape:
             raise ParameterMismatch(_shape_message(item, combined.shape))
@@ -101,8 +101,6 @@ def _make_outputs(item: ParamPlan, source: WeightSource) -> tuple[NDArray[Any], 
         raise CorruptFile(f"{item.name}: {error}") from error
 
 
-def _check_output(spec: TensorSpec, array: NDArray[Any]) -> None:
-    if array.shape != spec.shape or str(array.dtype) != spec.dtype:
 def _keep_encoding(item: ParamPlan, source: WeightSource) -> tuple[NDArray[Any], ...] | None:
     """Return the outputs made of tensors as the checkpoint quantized them, None if that is not
     possible.
@@ -113,6 +111,8 @@ def _keep_encoding(item: ParamPlan, source: WeightSource) -> tuple[NDArray[Any],
     return None if None in parts else item.store_encoded(parts)
 
 
+def _check_output(spec: TensorSpec, array: NDArray[Any]) -> None:
+    if array.shape != spec.shape or str(array.dtype) != spec.dtype:
         raise ParameterMismatch(
             f"{spec} was planned, but {list(array.shape)} {array.dtype} was made; "
             "the plan and the way it stores weights disagree"
