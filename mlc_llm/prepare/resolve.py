@@ -254,11 +254,9 @@ def convert_weights(
     scheme = get_scheme(quantization)
     origin = find_source(config_path)
     family, config = read_model(config_path, model_type)
-    with contextlib.closing(open_source(source or origin, source_format)) as opened:
-        formats = find_layer_formats(opened, family, config, quantization)
+    with contextlib.closing(open_source(source or origin, source_format)) as weights:
+        formats = find_layer_formats(weights, family, config, quantization)
         plan = plan_parameters(family, config, scheme, formats)
-        wanted = (name for item in plan for name in item.rule.sources)
-        weights = rename_tensors(opened, wanted, family.base_prefix)
         with storage_errors(output):
             output.mkdir(parents=True, exist_ok=True)
         progress.start(f"Converting {origin.name} to {quantization}", len(plan), "tensors")
