@@ -24,7 +24,7 @@ from mlc_llm.compiler.pipeline import PACK_FUNCTION, phases, temporary_bytes
 from mlc_llm.compiler.target import describe_target, host_triple
 from mlc_llm.errors import CompileError, LinkerNotFound, OptionError
 from mlc_llm.kernels.cpu.isa import find_bf16_isa, find_isa
-from mlc_llm.models.base import STEP_ENTRIES, CausalLM
+from mlc_llm.models.base import STEP_ENTRIES, CausalLM, Family
 from mlc_llm.models.registry import get_family
 from mlc_llm.quantization.apply import build_quantized
 from mlc_llm.quantization.schemes import get_scheme
@@ -131,9 +131,13 @@ def compile_model(
     """
     family = get_family(config.model_type)
     overrides = dict(options.overrides)
-    task = overrides.pop("model_task", config.model_task)
+    task = overrides.pop("model_task", "embedding" if family.embedding else config.model_task)
     if task not in STEP_ENTRIES:
         raise OptionError(f"model_task={task!r} is not one of {', '.join(STEP_ENTRIES)}")
+    if family.embedding is not None and task != "embedding":
+        raise OptionError(
+            f"model_task={task!r}: {family.name} is for embeddings only; use model_task=embedding"
+        )
     model_config = family.config_from_json(config.model_config).with_overrides(overrides)
     scheme = get_scheme(config.quantization)
     if scheme.kind == "gguf" and not config.layer_formats:
@@ -155,7 +159,7 @@ def compile_model(
         mod, parameters = model.export_tvm(model.export_spec(task))
     with _stage_errors("lowering"), target:
         mod, temporary = _lower(mod, model, task, options.debug_dump, progress)
-    metadata = _describe(config, model, task, parameters, temporary, described)
+    metadata = _describe(config, family, model, task, parameters, temporary, described)
     mod["_metadata"] = _constant_function(metadata.to_json())
     progress("generate code")
     with _stage_errors("code generation"):
@@ -172,7 +176,9 @@ def _lower(
 ) -> tuple[tvm.IRModule, dict[str, int]]:
     config, entry = model.config, STEP_ENTRIES[task]
     chunk, batch = config.prefill_chunk_size, config.max_batch_size
-    bounds = {"n": max(chunk, batch), "b": batch, "num_starts": batch + 1, "r": batch}
+    # The mean of a text is made of all its rows.
+    rows = batch if task == "chat" else max(chunk, batch)
+    bounds = {"n": max(chunk, batch), "b": batch, "num_starts": batch + 1, "r": rows}
     temporary: dict[str, int] = {}
     _dump(dump, 0, "export", mod)
     for index, (name, passes) in enumerate(phases(bounds, entry), 1):
@@ -196,6 +202,7 @@ def _dump(directory: Path | None, index: int, name: str, mod: tvm.IRModule) -> N
 
 def _describe(
     config: ChatConfig,
+    family: Family,
     model: CausalLM,
     task: str,
     parameters: list[tuple[str, Any]],
@@ -223,6 +230,7 @@ def _describe(
         compiler_version=packages.version("apache-tvm"),
         model_task=task,
         model_config=shape.to_json(),
+        embedding_metadata=None if family.embedding is None else dict(family.embedding),
     )
 
 

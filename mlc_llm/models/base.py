@@ -240,7 +240,10 @@ class Family:
 
     fused maps a module path suffix to the Hugging Face modules joined in it along the output
     dimension; every other parameter has the name that Hugging Face gives it. special returns the
-    rule of a parameter that is made in another way, None for all others.
+    rule of a parameter that is made in another way, None for all others. base_prefix is what
+    those names begin with in some checkpoints and not in others; unused, what names of tensors
+    begin with that the model has no use for. embedding: for models that make vectors of texts and
+    nothing else, how, in the words of an artifact's `embedding_metadata`.
     """
 
     name: str
@@ -249,6 +252,14 @@ class Family:
     build: Callable[[Any, str], CausalLM]
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     special: Callable[[Any, str], ParamRule | None] | None = None
+    base_prefix: str = ""
+    unused: tuple[str, ...] = ()
+    embedding: Mapping[str, Any] | None = None
+
+    @property
+    def task(self) -> str:
+        """Return what models of the family are for, a key of `STEP_ENTRIES`."""
+        return "chat" if self.embedding is None else "embedding"
 
     def config_from_huggingface(self, config: Mapping[str, Any]) -> DecoderConfig:
         """Read the content of `config.json`. Raises CorruptFile or UnsupportedModel."""

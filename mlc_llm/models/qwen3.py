@@ -1,7 +1,8 @@
-"""Qwen3: Llama with norms of query and key heads."""
+"""Qwen3 and Qwen3-Embedding: Llama with norms of query and key heads."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -53,4 +54,19 @@ def build(config: Qwen3Config, dtype: str) -> CausalLM:
     return build_decoder(config, dtype, Qwen3Attention)
 
 
+def build_embedding(config: Qwen3Config, dtype: str) -> CausalLM:
+    """Build the module of Qwen3-Embedding, which has no output layer of its own."""
+    return build(dataclasses.replace(config, tie_word_embeddings=True), dtype)
+
+
 FAMILY = Family("qwen3", ("Qwen3ForCausalLM",), Qwen3Config, build, PARTS)
+EMBEDDING = Family(
+    "qwen3-embedding",
+    ("Qwen3ForCausalLM", "Qwen3Model"),
+    Qwen3Config,
+    build_embedding,
+    PARTS,
+    base_prefix="model.",
+    unused=("lm_head.",),
+    embedding={"model_type": "decoder", "pooling_strategy": "last", "normalize": True},
+)

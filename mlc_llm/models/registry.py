@@ -6,28 +6,36 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlc_llm.errors import OptionError, UnsupportedModel
-from mlc_llm.models import llama, mistral, qwen2, qwen3
+from mlc_llm.models import bert, llama, mistral, qwen2, qwen3
 from mlc_llm.models.base import Family
 
-_MODULES = (llama, mistral, qwen2, qwen3)
-FAMILIES: dict[str, Family] = {module.FAMILY.name: module.FAMILY for module in _MODULES}
+_MODULES = (bert, llama, mistral, qwen2, qwen3)
+FAMILIES: dict[str, Family] = {
+    family.name: family
+    for family in (*(module.FAMILY for module in _MODULES), bert.BGE, qwen3.EMBEDDING)
+}
 
 
-def find_family(config: Mapping[str, Any], model_type: str = "auto") -> Family:
+def find_family(config: Mapping[str, Any], model_type: str = "auto", task: str = "chat") -> Family:
     """Return the family of a Hugging Face `config.json`, or the one named by `model_type`.
 
+    task: what the checkpoint is for, where several families have its architecture.
     Raises OptionError for an unknown name, UnsupportedModel for an unknown architecture.
     """
     if model_type != "auto":
         return get_family(model_type)
     architectures = config.get("architectures") or []
-    for family in FAMILIES.values():
-        if any(name in family.architectures for name in architectures):
-            return family
+    fitting = [
+        family
+        for family in FAMILIES.values()
+        if any(name in family.architectures for name in architectures)
+    ]
+    if fitting:
+        return next((family for family in fitting if family.task == task), fitting[0])
     if not architectures and config.get("model_type") in FAMILIES:
         return FAMILIES[str(config["model_type"])]
     found = ", ".join(map(str, architectures)) or config.get("model_type") or "not named"
-    supported = ", ".join(name for f in FAMILIES.values() for name in f.architectures)
+    supported = ", ".join(dict.fromkeys(n for f in FAMILIES.values() for n in f.architectures))
     raise UnsupportedModel(
         f"architecture {found} is not supported; supported: {supported}. "
         "If it is one of these under another name, pass --model-type"

@@ -11,7 +11,6 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from mlc_llm.artifact import (
@@ -23,6 +22,7 @@ from mlc_llm.artifact import (
 )
 from mlc_llm.errors import CorruptFile, OptionError, StorageError
 from mlc_llm.prepare.cache import storage_errors
+from mlc_llm.prepare.sentence_transformers import embedding_metadata, read_sentence_settings
 from mlc_llm.text.chat_template import find_chat_template
 from mlc_llm.text.conversation import Conversation, detect_conversation, get_conversation
 from mlc_llm.text.formats.find import FILE_PATTERNS
@@ -54,7 +54,6 @@ def generate_chat_config(
     model_config: DecoderConfig,
     quantization: str,
     conv_template: str = AUTO,
-    layer_formats: Mapping[str, str] = MappingProxyType({}),
 ) -> ChatConfig:
     """Write all of an artifact but its weights into `output`, the chat config last; return it.
 
@@ -71,6 +70,10 @@ def generate_chat_config(
         )
     _check_added_once(source_dir / TOKENIZER_NAME)
     values = _read_values(source_dir, tokenizer)
+    settings = read_sentence_settings(source_dir)
+    if family.embedding is not None or settings is not None:
+        values["model_task"] = "embedding"
+        values["embedding_metadata"] = embedding_metadata(family.embedding, settings)
     jinja_source = None
     if conv_template == AUTO:
         jinja_source = find_chat_template(source_dir, tokenizer.settings)
@@ -96,7 +99,6 @@ def generate_chat_config(
             tensor_parallel_shards=fields.get("tensor_parallel_shards", 1),
             pipeline_parallel_stages=fields.get("pipeline_parallel_stages", 1),
             active_vocab_size=tokenizer.vocab_size,
-            layer_formats=dict(layer_formats),
             conv_template=conversation.to_json(),
             tokenizer_files=files,
             tokenizer_info=detect_tokenizer_info(

@@ -50,6 +50,7 @@ from mlc_llm.prepare.download import HubAccess, fetch, is_repo, parse_repo
 from mlc_llm.prepare.layer_formats import find_layer_formats, read_layer_formats
 from mlc_llm.prepare.origin import Origin, conversion_key, write_origin
 from mlc_llm.prepare.progress import Progress
+from mlc_llm.prepare.sentence_transformers import read_sentence_settings
 
 if TYPE_CHECKING:
     from mlc_llm.models.base import Family
@@ -249,14 +250,17 @@ def convert_weights(
     from mlc_llm.quantization.apply import plan_parameters
     from mlc_llm.quantization.schemes import get_scheme
     from mlc_llm.weights.convert import convert
+    from mlc_llm.weights.names import rename_tensors
     from mlc_llm.weights.open import open_source
 
     scheme = get_scheme(quantization)
     origin = find_source(config_path)
     family, config = read_model(config_path, model_type)
-    with contextlib.closing(open_source(source or origin, source_format)) as weights:
-        formats = find_layer_formats(weights, family, config, quantization)
+    with contextlib.closing(open_source(source or origin, source_format)) as opened:
+        formats = find_layer_formats(opened, family, config, quantization)
         plan = plan_parameters(family, config, scheme, formats)
+        wanted = (name for item in plan for name in item.rule.sources)
+        weights = rename_tensors(opened, wanted, family.base_prefix)
         with storage_errors(output):
             output.mkdir(parents=True, exist_ok=True)
         progress.start(f"Converting {origin.name} to {quantization}", len(plan), "tensors")
@@ -268,7 +272,7 @@ def convert_weights(
             counted = done
 
         with _only_writer(output, progress), storage_errors(output):
-            summary = convert(plan, weights, output, count)
+            summary = convert(plan, weights, output, count, family.unused)
         progress.finish()
     return summary
 
@@ -349,13 +353,19 @@ def read_model(config_path: Path, model_type: str = "auto") -> tuple[Family, Dec
     from mlc_llm.weights.open import open_source
 
     origin = find_source(config_path)
+    settings = None
     if origin.is_dir():
         config = read_json_object(origin / "config.json")
+        settings = read_sentence_settings(origin)
     else:
         with contextlib.closing(open_source(origin)) as weights:
             config = weights.config
-    family = find_family(config, model_type)
-    return family, family.config_from_huggingface(config)
+    family = find_family(config, model_type, "chat" if settings is None else "embedding")
+    model_config = family.config_from_huggingface(config)
+    max_len = None if settings is None else settings.max_len
+    if max_len is not None and max_len < model_config.context_window_size:
+        model_config = model_config.with_overrides({"context_window_size": max_len})
+    return family, model_config
 
 
 def read_compile_config(

@@ -20,7 +20,7 @@ from mlc_llm.artifact import TensorSpec
 from mlc_llm.errors import CorruptFile, ParameterMismatch
 from mlc_llm.models.plan import ParamPlan, concatenate
 from mlc_llm.weights.shards import ShardWriter
-from mlc_llm.weights.source import EncodedSource, WeightSource
+from mlc_llm.weights.source import WeightSource
 
 # Raised whenever the bytes written for the same plan and source change.
 _FORMAT_VERSION = 1
@@ -51,15 +51,17 @@ def convert(
     source: WeightSource,
     output: Path,
     progress: Callable[[int, int, str], None],
+    unused: tuple[str, ...] = (),
 ) -> ConvertSummary:
     """Write the weights of `plan` as shards and index into the directory `output`.
 
+    unused: what names of tensors begin with that the model has no use for.
     Names and shapes are checked before anything is written; the index is written last. A run that
     was interrupted continues where it stopped if source and plan are the same. Holds one parameter
     and its stored form at a time. `progress` gets (done, total, parameter name).
     Raises ParameterMismatch, CorruptFile, UnsupportedModel, StorageError.
     """
-    _check_names(plan, source)
+    _check_names(plan, source, unused)
     for item in plan:
         _check_source_shapes(item, source)
     specs = [spec for item in plan for spec in item.outputs]
@@ -88,9 +90,6 @@ def convert(
 
 def _make_outputs(item: ParamPlan, source: WeightSource) -> tuple[NDArray[Any], ...]:
     try:
-        kept = _keep_encoding(item, source)
-        if kept is not None:
-            return kept
         parts = [source.read(name) for name in item.rule.sources]
         combined = item.rule.combine(parts)
         del parts
@@ -101,16 +100,6 @@ def _make_outputs(item: ParamPlan, source: WeightSource) -> tuple[NDArray[Any], 
         raise CorruptFile(f"{item.name}: {error}") from error
 
 
-def _keep_encoding(item: ParamPlan, source: WeightSource) -> tuple[NDArray[Any], ...] | None:
-    """Return the outputs made of tensors as the checkpoint quantized them, None if that is not
-    possible.
-    """
-    if item.store_encoded is None or not isinstance(source, EncodedSource):
-        return None
-    parts = [source.read_encoded(name) for name in item.rule.sources]
-    return None if None in parts else item.store_encoded(parts)
-
-
 def _check_output(spec: TensorSpec, array: NDArray[Any]) -> None:
     if array.shape != spec.shape or str(array.dtype) != spec.dtype:
         raise ParameterMismatch(
@@ -119,11 +108,13 @@ def _check_output(spec: TensorSpec, array: NDArray[Any]) -> None:
         )
 
 
-def _check_names(plan: Sequence[ParamPlan], source: WeightSource) -> None:
-    """Every tensor of the plan must be there, and no other but known buffers."""
+def _check_names(plan: Sequence[ParamPlan], source: WeightSource, unused: tuple[str, ...]) -> None:
+    """Every tensor of the plan must be there, and no other but known buffers and unused ones."""
     wanted = {name for item in plan for name in item.rule.sources}
     found = set(source.names())
-    ignored = {name for name in found - wanted if _NO_PARAMETER.search(name)}
+    ignored = {
+        name for name in found - wanted if _NO_PARAMETER.search(name) or name.startswith(unused)
+    }
     if source.config.get("tie_word_embeddings"):
         ignored.add(_HEAD_NAME)
     missing, surplus = sorted(wanted - found), sorted(found - wanted - ignored)

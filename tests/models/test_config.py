@@ -131,13 +131,17 @@ def test_artifacts_of_others() -> None:
 def test_family_is_found_by_architecture_or_name() -> None:
     assert find_family({"architectures": ["Qwen2ForCausalLM"]}).name == "qwen2"
     assert find_family({"model_type": "mistral"}).name == "mistral"
+    qwen3 = {"architectures": ["Qwen3ForCausalLM"]}
+    assert find_family(qwen3).name == "qwen3"
+    assert find_family(qwen3, task="embedding").name == "qwen3-embedding"
+    assert find_family({"architectures": ["BertModel"]}).name == "bert"
     assert find_family({"architectures": ["Other"]}, "llama") is FAMILIES["llama"]
     with pytest.raises(UnsupportedModel, match=r"MambaForCausalLM is not supported.*Llama"):
         find_family({"architectures": ["MambaForCausalLM"], "model_type": "llama"})
     with pytest.raises(UnsupportedModel, match="not named is not supported"):
         find_family({})
-    with pytest.raises(OptionError, match="'bert' is not known; known: llama, mistral, qwen2"):
-        find_family({}, "bert")
+    with pytest.raises(OptionError, match=r"'electra' is not known; known: .*llama.*qwen2"):
+        find_family({}, "electra")
 
 
 def test_fused_parameters_have_their_parts() -> None:

@@ -52,7 +52,7 @@ def write_json(path: Path, content: Any) -> None:
 
 def generate(source: Path, output: Path, **changes: Any) -> ChatConfig:
     options: dict[str, Any] = {
-        "family": SimpleNamespace(name="llama"),
+        "family": SimpleNamespace(name="llama", embedding=None),
         "model_config": FakeModelConfig(),
         "quantization": "q4f16_1",
     }
