@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from mlc_llm.artifact import (
@@ -54,6 +55,7 @@ def generate_chat_config(
     model_config: DecoderConfig,
     quantization: str,
     conv_template: str = AUTO,
+    layer_formats: Mapping[str, str] = MappingProxyType({}),
 ) -> ChatConfig:
     """Write all of an artifact but its weights into `output`, the chat config last; return it.
 
@@ -99,6 +101,7 @@ def generate_chat_config(
             tensor_parallel_shards=fields.get("tensor_parallel_shards", 1),
             pipeline_parallel_stages=fields.get("pipeline_parallel_stages", 1),
             active_vocab_size=tokenizer.vocab_size,
+            layer_formats=dict(layer_formats),
             conv_template=conversation.to_json(),
             tokenizer_files=files,
             tokenizer_info=detect_tokenizer_info(

@@ -20,7 +20,7 @@ from mlc_llm.artifact import TensorSpec
 from mlc_llm.errors import CorruptFile, ParameterMismatch
 from mlc_llm.models.plan import ParamPlan, concatenate
 from mlc_llm.weights.shards import ShardWriter
-from mlc_llm.weights.source import WeightSource
+from mlc_llm.weights.source import EncodedSource, WeightSource
 
 # Raised whenever the bytes written for the same plan and source change.
 _FORMAT_VERSION = 1
@@ -90,6 +90,9 @@ def convert(
 
 def _make_outputs(item: ParamPlan, source: WeightSource) -> tuple[NDArray[Any], ...]:
     try:
+        kept = _keep_encoding(item, source)
+        if kept is not None:
+            return kept
         parts = [source.read(name) for name in item.rule.sources]
         combined = item.rule.combine(parts)
         del parts
@@ -98,6 +101,16 @@ def _make_outputs(item: ParamPlan, source: WeightSource) -> tuple[NDArray[Any], 
         return item.store(combined)
     except CorruptFile as error:
         raise CorruptFile(f"{item.name}: {error}") from error
+
+
+def _keep_encoding(item: ParamPlan, source: WeightSource) -> tuple[NDArray[Any], ...] | None:
+    """Return the outputs made of tensors as the checkpoint quantized them, None if that is not
+    possible.
+    """
+    if item.store_encoded is None or not isinstance(source, EncodedSource):
+        return None
+    parts = [source.read_encoded(name) for name in item.rule.sources]
+    return None if None in parts else item.store_encoded(parts)
 
 
 def _check_output(spec: TensorSpec, array: NDArray[Any]) -> None:
