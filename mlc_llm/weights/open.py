@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from mlc_llm.artifact import CHAT_CONFIG_NAME
-from mlc_llm.errors import ModelNotFound, OptionError, UnsupportedModel
+from mlc_llm.artifact import CHAT_CONFIG_NAME, read_json_object
+from mlc_llm.errors import CorruptFile, ModelNotFound, OptionError, UnsupportedModel
 from mlc_llm.weights import huggingface
 from mlc_llm.weights.source import WeightSource
 
@@ -21,6 +22,7 @@ _CONTAINERS = {
 def open_source(path: Path, source_format: str = "auto") -> WeightSource:
     """Open a Hugging Face directory, a `.gguf` file, or a directory that holds one model in GGUF.
 
+    Quantized Hugging Face checkpoints look like plain ones, and are decoded tensor by tensor.
     Raises OptionError for an unknown format, ModelNotFound where there is no model,
     UnsupportedModel for formats we do not read, CorruptFile for damaged files.
     """
@@ -28,10 +30,6 @@ def open_source(path: Path, source_format: str = "auto") -> WeightSource:
         raise OptionError(
             f"--source-format {source_format!r} is not known; "
             f"choose one of {', '.join(SOURCE_FORMATS)}"
-        )
-    if source_format == "awq":
-        raise UnsupportedModel(
-            f"--source-format {source_format} is not supported; use {_FORMATS_IN_WORDS}"
         )
     if not path.exists():
         raise ModelNotFound(f"{path} does not exist; give {_FORMATS_IN_WORDS}")
@@ -52,7 +50,34 @@ def _open(path: Path, source_format: str) -> WeightSource:
 
         return GGUFSource(_find_gguf(path))
     _check_directory(path)
-    return huggingface.HuggingFaceSource(path, _CONTAINERS[source_format])
+    container = _CONTAINERS[_detect_format(path) if source_format == "awq" else source_format]
+    source = huggingface.HuggingFaceSource(path, container)
+    settings = _quantization_settings(path, source.config)
+    if source_format == "awq" and settings.get("quant_method") != "awq":
+        raise UnsupportedModel(
+            f"{path} is no AWQ checkpoint: its quantization_config names "
+            f"{settings.get('quant_method')!r:.60}; use --source-format auto"
+        )
+    if not settings:
+        return source
+    from mlc_llm.weights.dequantized import DequantizedSource
+    from mlc_llm.weights.packed_formats import find_packed_format
+
+    packed = find_packed_format(settings, str(path / huggingface.CONFIG_NAME))
+    return DequantizedSource(source, packed)
+
+
+def _quantization_settings(directory: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """Return `quantization_config`, which older checkpoints keep in a file of its own."""
+    settings = config.get("quantization_config")
+    if settings is None:
+        for name, method in (("quantize_config.json", "gptq"), ("quant_config.json", "awq")):
+            if (directory / name).is_file():
+                return {"quant_method": method, **read_json_object(directory / name)}
+        return {}
+    if not isinstance(settings, dict):
+        raise CorruptFile(f"{directory}: quantization_config is {settings!r:.60}, not an object")
+    return settings
 
 
 def _detect_format(path: Path) -> str:

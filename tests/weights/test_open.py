@@ -110,12 +110,6 @@ def test_config_that_is_a_directory(hf_dir):
         open_source(hf_dir)
 
 
-@pytest.mark.parametrize("source_format", ["awq"])
-def test_formats_we_do_not_read(hf_dir, source_format):
-    with pytest.raises(UnsupportedModel, match=f"--source-format {source_format} is not supported"):
-        open_source(hf_dir, source_format)
-
-
 def test_unknown_format(hf_dir):
     with pytest.raises(OptionError, match=r"'ggml' is not known; choose one of auto, .*gguf"):
         open_source(hf_dir, "ggml")
