@@ -74,7 +74,8 @@ class AsyncMLCEngine:
         model: an artifact or Hugging Face directory, a .gguf file or `HF://user/repo[@revision]`.
         model_lib: a library made by `mlc_llm compile`; compiled on the fly if left out. mode: see
         `EngineConfig`. overrides: what `mlc_llm serve` takes as --overrides. quantization: for
-        models that are not converted yet. embedding_model: the one that `embeddings` asks.
+        models that are not converted yet. embedding_model: the one that `embeddings` asks; not
+        needed where `model` is one for embeddings, which then has nothing else.
         progress: is told what is done; if left out it is printed to stderr, unless the
         configuration says verbose=False. Raises the errors of files, library and device.
         """
@@ -113,17 +114,18 @@ class AsyncMLCEngine:
 
         request_id: as given to `create`, or the id of the answer. What was made of it is answered.
         """
-        worker = self._owner.models.chat.worker
+        worker = self._owner.models.find_chat(None).worker
         for engine_id in engine_ids(request_id):
             worker.abort(engine_id)
 
     async def metrics(self) -> Metrics:
         """Return what the engine has done so far."""
-        return Metrics(self._owner.models.chat.worker.metrics)
+        return Metrics(self._owner.models.find_chat(None).worker.metrics)
 
     async def reset(self) -> None:
         """Forget the cached prompts of all requests; those under way go on."""
-        await self._owner.models.chat.worker.run(lambda engine: engine.reset_prefix_cache())
+        worker = self._owner.models.find_chat(None).worker
+        await worker.run(lambda engine: engine.reset_prefix_cache())
 
     def terminate(self) -> None:
         """End what is under way with EngineStopped and free the models."""

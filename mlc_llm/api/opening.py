@@ -12,7 +12,7 @@ from typing import Any
 from mlc_llm.artifact import read_chat_config
 from mlc_llm.device import environment
 from mlc_llm.engine.config import EngineConfig, compile_overrides
-from mlc_llm.engine.embedding import open_embedding_model
+from mlc_llm.engine.embedding import EmbeddingModel, is_embedding_model, open_embedding_model
 from mlc_llm.engine.open import open_model
 from mlc_llm.engine.worker import EngineWorker
 from mlc_llm.errors import ModelNotFound, OptionError
@@ -70,23 +70,34 @@ def open_models(
         if library is not None and not library.exists():
             raise ModelNotFound(f"{library} does not exist; make it with `mlc_llm compile`")
     maker = _Maker(device, config.opt, quantization, report)
+    caches = Caches.from_environment(environment())
     with ExitStack() as cleanup:
+
+        def open_vectors(name: str, artifact: Path, library: Path | None) -> EmbeddingModel:
+            library = library or maker.find_library(artifact, {"model_task": "embedding"})
+            cleanup.callback(RunFile(caches.home, "python", name, [artifact, library]).close)
+            opened = open_embedding_model(
+                artifact, library, name=name, device=device, progress=report
+            )
+            cleanup.callback(opened.close)
+            return opened
+
+        artifact = maker.find_artifact(model)
+        chat_config = read_chat_config(artifact)
+        if is_embedding_model(chat_config):
+            if embedding_model is not None:
+                raise OptionError(
+                    f"{model} is a model for embeddings itself; leave out embedding_model, or name "
+                    "a model for chats first"
+                )
+            models = ServedModels(None, open_vectors(model, artifact, model_lib))
+            return models, cleanup.pop_all().close
         embedding = None
         if embedding_model is not None:
-            artifact = maker.find_artifact(embedding_model)
-            overrides = {"model_task": "embedding"}
-            embedding = open_embedding_model(
-                artifact,
-                embedding_model_lib or maker.find_library(artifact, overrides),
-                name=embedding_model,
-                device=device,
-                progress=report,
-            )
-            cleanup.callback(embedding.close)
-        artifact = maker.find_artifact(model)
-        overrides = compile_overrides(config, read_chat_config(artifact))
+            other = maker.find_artifact(embedding_model)
+            embedding = open_vectors(embedding_model, other, embedding_model_lib)
+        overrides = compile_overrides(config, chat_config)
         library = model_lib or maker.find_library(artifact, overrides)
-        caches = Caches.from_environment(environment())
         cleanup.callback(RunFile(caches.home, "python", model, [artifact, library]).close)
         opened = open_model(
             artifact, library, config, device=device, overrides=overrides, progress=report

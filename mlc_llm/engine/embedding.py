@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,6 +29,13 @@ from mlc_llm.errors import (
 from mlc_llm.text.tokenizer import Tokenizer
 
 _MAX_QUEUED = 128
+# Models that make vectors of texts and nothing else; older configurations do not say so.
+_EMBEDDING_TYPES = ("bert", "bert-bge", "qwen3-embedding")
+
+
+def is_embedding_model(config: ChatConfig) -> bool:
+    """Return whether an artifact is for embeddings alone."""
+    return config.model_task == "embedding" or config.model_type in _EMBEDDING_TYPES
 
 
 class EmbeddingModel:
@@ -48,6 +56,7 @@ class EmbeddingModel:
     ) -> None:
         """Take the parts; owns `encoder`. is_normalized: whether vectors get the length 1."""
         self.name = name
+        self.created = int(time.time())  # Unix time
         self.num_dimensions = int(config.model_config["hidden_size"])
         self.max_input_len = encoder.max_input_len
         self.vocab_size = encoder.vocab_size
@@ -80,7 +89,7 @@ class EmbeddingModel:
         A cancelled call stops before its next step. Raises RequestError and ContextTooLong for
         inputs it cannot take, QueueFull, EngineStopped or StepFailed.
         """
-        self._check_open()
+        self.check_open()
         self._check(inputs)
         if not self._places.acquire(blocking=False):
             raise QueueFull(
@@ -102,7 +111,7 @@ class EmbeddingModel:
         self, inputs: Sequence[Sequence[int]], is_cancelled: threading.Event
     ) -> NDArray[np.float32]:
         def check() -> None:
-            self._check_open()
+            self.check_open()
             if is_cancelled.is_set():
                 raise RequestError("the request was cancelled")
 
@@ -113,7 +122,8 @@ class EmbeddingModel:
                 f"the step that computed the embeddings failed ({error}); other requests go on"
             ) from error
 
-    def _check_open(self) -> None:
+    def check_open(self) -> None:
+        """Raise EngineStopped after `close`."""
         if self._is_closed.is_set():
             raise EngineStopped(f"the embedding model {self.name} has been closed")
 
@@ -148,7 +158,7 @@ class EmbeddingModel:
 
 def _end_ids(config: ChatConfig, encoder: Encoder) -> list[int]:
     """Return the ids of which one must end a text: those of a model made to pool by the last."""
-    if config.model_task != "embedding" or encoder.pooling != "last":
+    if not is_embedding_model(config) or encoder.pooling != "last":
         return []
     ids = config.eos_token_id
     return list(ids) if isinstance(ids, list) else [ids]

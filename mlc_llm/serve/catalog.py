@@ -30,13 +30,18 @@ class ModelList(BaseModel):
 
 @dataclass(frozen=True)
 class ServedModels:
-    """What one server serves."""
+    """What one server serves: at least one of the two."""
 
-    chat: ServedModel
+    chat: ServedModel | None = None
     embedding: EmbeddingModel | None = None
 
     def find_chat(self, name: str | None) -> ServedModel:
         """Return the model for chats and completions. Raises UnknownModel for another name."""
+        if self.chat is None:
+            raise UnknownModel(
+                "there is no model for chats and completions here, only one for embeddings; "
+                "use v1/embeddings, or serve another model"
+            )
         if name in (None, self.chat.name):
             return self.chat
         raise self._unknown(name)
@@ -53,13 +58,13 @@ class ServedModels:
 
     def cards(self) -> list[ModelCard]:
         """Return what is told of each model."""
-        chat = self.chat
-        cards = [ModelCard(id=chat.name, created=chat.created, max_model_len=chat.max_sequence_len)]
-        if self.embedding is not None:
-            length = self.embedding.max_input_len
-            cards.append(
-                ModelCard(id=self.embedding.name, created=chat.created, max_model_len=length)
-            )
+        cards = []
+        if (chat := self.chat) is not None:
+            length = chat.max_sequence_len
+            cards.append(ModelCard(id=chat.name, created=chat.created, max_model_len=length))
+        if (vectors := self.embedding) is not None:
+            length = vectors.max_input_len
+            cards.append(ModelCard(id=vectors.name, created=vectors.created, max_model_len=length))
         return cards
 
     def card(self, name: str) -> ModelCard:

@@ -184,17 +184,21 @@ class Routes:
 
     async def health(self, request: Request) -> Response:
         """Say whether the engine lives."""
-        worker = self._models.chat.worker
-        if worker.state not in ("running", "draining"):
-            raise EngineStopped(f"the engine is {worker.state}; start the server again")
-        if worker.is_stuck:
-            raise EngineStopped("the engine has not finished its step for too long")
+        if self._models.chat is not None:
+            worker = self._models.chat.worker
+            if worker.state not in ("running", "draining"):
+                raise EngineStopped(f"the engine is {worker.state}; start the server again")
+            if worker.is_stuck:
+                raise EngineStopped("the engine has not finished its step for too long")
+        if self._models.embedding is not None:
+            self._models.embedding.check_open()
         return _json(Status(status="ok"))
 
     async def ready(self, request: Request) -> Response:
         """Say whether requests are taken."""
-        state = self._models.chat.worker.state
-        if self._traffic.is_draining or state == "draining":
+        chat = self._models.chat
+        is_draining = chat is not None and chat.worker.state == "draining"
+        if self._traffic.is_draining or is_draining:
             raise EngineStopped("the server is shutting down; ask another one")
         return await self.health(request)
 
@@ -205,10 +209,8 @@ class Routes:
     async def metrics(self, request: Request) -> Response:
         """Show counts and times in Prometheus' text format."""
         model = self._models.chat
-        text = (
-            prometheus_text({model.name: model.worker.engine.metrics})
-            + self._traffic.prometheus_text()
-        )
+        engines = {} if model is None else {model.name: model.worker.engine.metrics}
+        text = prometheus_text(engines) + self._traffic.prometheus_text()
         return Response(text, media_type=_PROMETHEUS)
 
     async def dump_metrics(self, request: Request) -> Response:

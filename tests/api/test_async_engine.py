@@ -13,6 +13,7 @@ from fake_engine import Parts
 
 from mlc_llm.api import AsyncMLCEngine, AsyncStream
 from mlc_llm.errors import ContextTooLong, EngineStopped, RequestError, UnknownModel
+from mlc_llm.serve.catalog import ServedModels
 from mlc_llm.serve.protocol.chat import ChatCompletion
 
 HELLO: list[Any] = [{"role": "user", "content": "hello"}]
@@ -265,3 +266,23 @@ def test_after_a_fork_it_says_what_to_do(async_engine: AsyncMLCEngine, parts: Pa
     told = os.read(reader, 1000).decode()
     os.close(reader), os.close(writer)
     assert "fork" in told and told.endswith("[]")
+
+
+def test_an_engine_of_vectors_alone(parts: Parts) -> None:
+    async def run() -> None:
+        async with AsyncMLCEngine.from_models(
+            ServedModels(None, parts.models.embedding), lambda: None
+        ) as engine:
+            answer = await engine.embeddings.create(input="hello")
+            assert len(answer.data) == 1
+            assert [card.id for card in (await engine.models.list()).data] == ["vectors"]
+            for call in (
+                engine.metrics(),
+                engine.reset(),
+                engine.abort("a"),
+                engine.completions.create(prompt="hello"),
+            ):
+                with pytest.raises(UnknownModel, match="only one for embeddings"):
+                    await call
+
+    asyncio.run(run())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import httpx
 import numpy as np
 import openai
 import pytest
@@ -22,9 +23,8 @@ from mlc_llm.serve.options import AppOptions
 VECTORS = "vectors"
 
 
-@pytest.fixture(scope="module")
-def client() -> Iterator[openai.OpenAI]:
-    config = ChatConfig(
+def make_config() -> ChatConfig:
+    return ChatConfig(
         model_type="llama",
         quantization="q4f16_1",
         model_config={"hidden_size": HIDDEN_SIZE},
@@ -33,8 +33,12 @@ def client() -> Iterator[openai.OpenAI]:
         prefill_chunk_size=8,
         conv_template={},
     )
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[openai.OpenAI]:
     runner = FakeEncodingRunner(pages_for_encoding(FakeEncodingRunner().metadata))
-    embedding = EmbeddingModel(VECTORS, config, TOKENIZER, Encoder(runner))
+    embedding = EmbeddingModel(VECTORS, make_config(), TOKENIZER, Encoder(runner))
     model = make_model(make_runner())
     traffic = Traffic()
     app = create_app(ServedModels(model, embedding), AppOptions(), traffic)
@@ -76,3 +80,36 @@ def test_what_does_not_fit_is_refused(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as empty:
         client.embeddings.create(model=VECTORS, input=[])
     assert empty.value.param == "input"
+
+
+def test_a_server_of_vectors_alone() -> None:
+    runner = FakeEncodingRunner(pages_for_encoding(FakeEncodingRunner().metadata))
+    embedding = EmbeddingModel(VECTORS, make_config(), TOKENIZER, Encoder(runner))
+    traffic = Traffic()
+    app = create_app(ServedModels(None, embedding), AppOptions(enable_debug=True), traffic)
+    with live_server(app, [], traffic) as live:
+        with httpx.Client(base_url=live.url, timeout=20) as client:
+            answer = client.post("/v1/embeddings", json={"input": ["hello", "world"]}).json()
+            assert [item["index"] for item in answer["data"]] == [0, 1]
+            cards = client.get("/v1/models").json()["data"]
+            assert [(card["id"], card["max_model_len"]) for card in cards] == [(VECTORS, 64)]
+            for path in ("/health", "/ready", "/metrics", "/v1/models/" + VECTORS):
+                assert client.get(path).status_code == 200, path
+            refused = [
+                client.post("/v1/completions", json={"prompt": "hello", "model": VECTORS}),
+                client.post("/tokenize", json={"prompt": "hello"}),
+                client.post("/debug/reset_engine", json={}),
+            ]
+            for response in refused:
+                assert response.status_code == 404
+                assert "only one for embeddings" in response.json()["error"]["message"]
+            embedding.close()
+            assert client.get("/health").status_code == 503
+            assert client.post("/v1/embeddings", json={"input": "hello"}).status_code == 503
+
+
+def test_inputs_are_cut_only_when_asked(client: openai.OpenAI) -> None:
+    cut = client.embeddings.create(
+        model=VECTORS, input="xyz" * 100, extra_body={"truncate_prompt_tokens": -1}
+    )
+    assert cut.usage.prompt_tokens == 64
