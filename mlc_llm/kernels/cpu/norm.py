@@ -20,7 +20,7 @@ from mlc_llm.kernels.cpu.vector_math import (
 _SERIAL_ROWS = 12
 
 
-def _statistics(width: int, eps: float, is_centered: bool) -> Any:
+def statistics(width: int, eps: float, is_centered: bool) -> Any:
     """Return a macro (x, found, row, start): found = mean (0 unless centered), 1 / deviation."""
     lanes = vector_lanes(width)
 
@@ -56,7 +56,7 @@ def layer_norm(hidden_size: int, weight_dtype: str, eps: float, adds_one: bool) 
     """
     lanes = vector_lanes(hidden_size)
     vector = lane_dtype("float32", lanes)
-    statistics_of = _statistics(hidden_size, eps, is_centered=True)
+    statistics_of = statistics(hidden_size, eps, is_centered=True)
     one = 1.0 if adds_one else 0.0
 
     @T.macro
@@ -157,7 +157,7 @@ def _norm_of_part(width: int, eps: float, is_centered: bool) -> Any:
     """Return a macro (x, weight, out, row, start, first): a part and its weights' beginning."""
     lanes = vector_lanes(width)
     vector = lane_dtype("float32", lanes)
-    statistics_of = _statistics(width, eps, is_centered)
+    statistics_of = statistics(width, eps, is_centered)
 
     @T.macro
     def normalise(
