@@ -14,17 +14,21 @@ from tvm.script import tirx as T
 
 from mlc_llm.kernels.cpu.group_format import GroupFormat
 from mlc_llm.kernels.cpu.group_tiles import group_macros
-from mlc_llm.kernels.cpu.linear import ROWS, bias_of, num_blocks, rows_in_order
+from mlc_llm.kernels.cpu.linear import ROWS, bias_of, num_blocks, portable_array, rows_in_order
 from mlc_llm.kernels.cpu.vector_math import LANES
 
 
-def widen_codes(rows: int, in_features: int, form: GroupFormat) -> Any:
-    """Pack 3-bit words as 4-bit ones: portable words -> packed words of `with_byte_codes()`."""
+def widen_codes(
+    rows: int, in_features: int, form: GroupFormat, experts: int | None = None
+) -> Any:
+    """Pack 3-bit words as 4-bit ones: portable words -> packed words of `with_byte_codes()`.
+
+    experts: as for `linear.interleave`.
+    """
     wide = form.with_byte_codes()
-    blocks, groups = num_blocks(rows), form.num_groups(in_features)
+    blocks, groups, count = num_blocks(rows), form.num_groups(in_features), experts or 1
     narrow_words, wide_words = groups * form.words_per_group, groups * wide.words_per_group
-    is_transposed = form.is_transposed
-    shape = (narrow_words, rows) if is_transposed else (rows, narrow_words)
+    shape, value_of = portable_array(rows, narrow_words, form.is_transposed, experts)
     group_words, wide_group_words, per_word = (
         form.words_per_group,
         wide.words_per_group,
@@ -34,14 +38,14 @@ def widen_codes(rows: int, in_features: int, form: GroupFormat) -> Any:
     @T.prim_func(private=True, s_tir=True)
     def widen_codes_kernel(
         source: T.Buffer(shape, "uint32"),
-        packed: T.Buffer((blocks, wide_words, LANES), "uint32"),
+        packed: T.Buffer((count * blocks, wide_words, LANES), "uint32"),
     ) -> None:
         T.func_attr({"tirx.noalias": True})
-        for b in T.parallel(blocks):
+        for b in T.parallel(count * blocks):
             for w in T.serial(wide_words):
                 for v in T.serial(LANES):
                     packed[b, w, v] = T.uint32(0)
-                    if b * LANES + v < rows:
+                    if b % blocks * LANES + v < rows:
                         for i in T.serial(8):
                             # Value k of the group moves from k * 3 of 10 a word to k * 4 of 8.
                             k = w % wide_group_words * 8 + i
@@ -51,9 +55,9 @@ def widen_codes(rows: int, in_features: int, form: GroupFormat) -> Any:
                                 T.shift_left(
                                     T.bitwise_and(
                                         T.shift_right(
-                                            source[column, b * LANES + v]
-                                            if is_transposed
-                                            else source[b * LANES + v, column],
+                                            value_of(
+                                                source, b // blocks, b % blocks * LANES + v, column
+                                            ),
                                             T.Cast("uint32", k % per_word * 3),
                                         ),
                                         T.uint32(7),

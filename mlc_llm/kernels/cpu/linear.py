@@ -65,6 +65,22 @@ def bias_of(buffer: Any) -> Callable[[Any, int], Any]:
     return lambda start, lanes: T.Cast(lane_dtype("float32", lanes), buffer[span(start, lanes)])
 
 
+def portable_array(
+    rows: int, columns: int, is_transposed: bool, experts: int | None
+) -> tuple[tuple[int, ...], Callable[[Any, Any, Any, Any], Any]]:
+    """Return the shape of what `interleave` packs, and a function from such an array, an expert, a
+    row and a column to its value there.
+    """
+    matrix = (columns, rows) if is_transposed else (rows, columns)
+    shape = matrix if experts is None else (experts, *matrix)
+
+    def value_of(source: Any, expert: Any, row: Any, column: Any) -> Any:
+        place = (column, row) if is_transposed else (row, column)
+        return source[place if experts is None else (expert, *place)]
+
+    return shape, value_of
+
+
 def interleave(
     rows: int, columns: int, dtype: str, is_transposed: bool, experts: int | None = None
 ) -> Any:
@@ -75,12 +91,7 @@ def interleave(
     of the one before.
     """
     blocks, count = num_blocks(rows), experts or 1
-    matrix = (columns, rows) if is_transposed else (rows, columns)
-    shape = matrix if experts is None else (experts, *matrix)
-
-    def value_of(source: Any, expert: Any, row: Any, column: Any) -> Any:
-        place = (column, row) if is_transposed else (row, column)
-        return source[place if experts is None else (expert, *place)]
+    shape, value_of = portable_array(rows, columns, is_transposed, experts)
 
     @T.prim_func(private=True, s_tir=True)
     def interleave_kernel(
@@ -204,32 +215,6 @@ def store_rows(
                         out[at.target(i), b * LANES + v] = acc[i, v] + at.bias(b * LANES + v, 1)
                     else:
                         out[at.target(i), b * LANES + v] = acc[i, v]
-
-
-@T.macro
-def store_tile(
-    out: T.handle,
-    bias: T.handle,
-    acc: T.handle,
-    n: T.int32,
-    b: T.int32,
-    row: T.int32,
-    rows: T.meta_var,
-    out_features: T.meta_var,
-    dtype: T.meta_var,
-    has_bias: T.meta_var,
-) -> None:
-    """Write accumulators of one tile, adding the bias and leaving out rows past the end."""
-    for i in T.unroll(rows):
-        if row + i < n:
-            for v in T.serial(LANES):
-                if b * LANES + v < out_features:
-                    if has_bias:
-                        out[row + i, b * LANES + v] = acc[i, v] + T.Cast(
-                            "float32", bias[b * LANES + v]
-                        )
-                    else:
-                        out[row + i, b * LANES + v] = acc[i, v]
 
 
 def embed(num_embeddings: int, features: int, dtype: str) -> Any:

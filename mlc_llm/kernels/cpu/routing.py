@@ -13,6 +13,7 @@ from tvm.script import tirx as T
 
 from mlc_llm.kernels.cpu.vector_math import (
     exp,
+    lane_dtype,
     multiply_add,
     reduce_max,
     reduce_sum,
@@ -309,3 +310,33 @@ def scale_by_sigmoid(width: int) -> Any:
                 )
 
     return scale_by_sigmoid_kernel
+
+
+def add_expert_bias(num_experts: int, top_k: int, width: int, dtype: str) -> Any:
+    """Add: y (n * top_k, width) float32, experts (n, top_k) int32, bias (experts, width)
+    -> y plus the bias of each pair's expert, float32.
+    """
+    lanes = vector_lanes(width)
+    vector = lane_dtype("float32", lanes)
+
+    @T.prim_func(private=True, s_tir=True)
+    def add_expert_bias_kernel(
+        y_handle: T.handle,
+        experts_handle: T.handle,
+        bias: T.Buffer((num_experts, width), dtype),
+        out_handle: T.handle,
+    ) -> None:
+        T.func_attr({"tirx.noalias": True})
+        n = T.int32()
+        pairs = T.int32()
+        y = T.match_buffer(y_handle, (pairs, width), "float32")
+        experts = T.match_buffer(experts_handle, (n, top_k), "int32")
+        out = T.match_buffer(out_handle, (pairs, width), "float32")
+        for t in T.serial(n):
+            for j in T.serial(top_k):
+                for i in T.serial(width // lanes):
+                    out[t * top_k + j, span(i * lanes, lanes)] = y[
+                        t * top_k + j, span(i * lanes, lanes)
+                    ] + T.Cast(vector, bias[experts[t, j], span(i * lanes, lanes)])
+
+    return add_expert_bias_kernel

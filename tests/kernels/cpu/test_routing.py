@@ -144,3 +144,13 @@ def test_scaling_by_a_gate(build: Any, rng: np.random.Generator) -> None:
     logits = np.asarray([[-200], [-2], [0], [3], [200]], np.float32)
     expected = x / (1 + np.exp(-logits.astype(np.float64)))
     np.testing.assert_allclose(kernel(x, logits, shape=(5, 37)), expected, rtol=2e-6, atol=1e-30)
+
+
+@pytest.mark.parametrize(("width", "dtype"), [(48, "float16"), (37, "bfloat16")])
+def test_biases_of_experts(build: Any, rng: np.random.Generator, width: int, dtype: str) -> None:
+    kernel = build(kernels.add_expert_bias(6, 2, width, dtype))
+    bias = rng.standard_normal((6, width)).astype(numpy_dtype(dtype))
+    experts = rng.integers(0, 6, (9, 2)).astype(np.int32)
+    y = rng.standard_normal((18, width)).astype(np.float32)
+    expected = y + bias.astype(np.float32)[experts.reshape(-1)]
+    np.testing.assert_array_equal(kernel(y, experts, bias, shape=y.shape), expected)
