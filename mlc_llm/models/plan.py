@@ -24,6 +24,21 @@ def concatenate(parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
 
 
 @dataclass(frozen=True)
+class Stack:
+    """Joins the parts of each expert as `concatenate` does, and these as (experts, out, in).
+
+    Parts come expert by expert: [gate; up] of the first, [gate; up] of the second.
+    """
+
+    num_experts: int
+
+    def __call__(self, parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
+        """Return the experts' parts in one array."""
+        rows = concatenate(parts)  # (experts * out, in)
+        return rows.reshape(self.num_experts, -1, *rows.shape[1:])
+
+
+@dataclass(frozen=True)
 class ParamRule:
     """Checkpoint tensors (Hugging Face names) and how they become one model parameter."""
 

@@ -29,7 +29,7 @@ from mlc_llm.kernels.cpu import (
 from mlc_llm.kernels.cpu import attention as attention_kernels
 from mlc_llm.kernels.cpu.activations import Int8Shape, Source
 from mlc_llm.kernels.cpu.attention import AttentionShape
-from mlc_llm.kernels.cpu.group_linear import GroupFormat
+from mlc_llm.kernels.cpu.group_format import GroupFormat
 from mlc_llm.kernels.cpu.vector_math import LANES
 
 
@@ -49,6 +49,11 @@ def _has_wide_registers() -> bool:
     """Return whether the CPU that is compiled for has 32 registers of 16 float32 lanes."""
     target = Target.current(allow_none=True)
     return target is None or bool(target_has_features("avx512f", target))
+
+
+def shared_rows() -> int:
+    """Return how many rows of activations share a load of weights in float kernels."""
+    return linear.ROWS if _has_wide_registers() else linear.FEW_ROWS
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,8 @@ def silu_mul(x: nn.Tensor) -> Rows:
     return Rows("silu_mul", (x,), int(x.shape[1]) // 2)
 
 
-def _extents(x: nn.Tensor | Rows) -> tuple[Any, int]:
+def extents(x: nn.Tensor | Rows) -> tuple[Any, int]:
+    """Return the number of rows and their width."""
     if isinstance(x, Rows):
         return x.inputs[0].shape[0], x.width
     tensor: Any = x
@@ -119,9 +125,9 @@ def linear_packed(
     """Return x · weightᵀ (+ bias); x (n, in) float32."""
     x = materialize(x)
     n, in_features = x.shape
-    rows = linear.ROWS if _has_wide_registers() else linear.FEW_ROWS
+    has_bias = bias is not None
     kernel = kernel_of(
-        linear.matmul, out_features, int(in_features), packed.dtype, bias is not None, rows
+        linear.matmul, out_features, int(in_features), packed.dtype, has_bias, shared_rows()
     )
     args = [x, packed] if bias is None else [x, packed, bias]
     return emit("linear", kernel, args, [n, out_features])
@@ -146,7 +152,7 @@ def bf16_linear_packed(
     x: nn.Tensor | Rows, packed: nn.Tensor, bias: nn.Tensor | None, out_features: int, isa: str
 ) -> nn.Tensor:
     """Return bfloat16(x) · weightᵀ (+ bias), float32; packed by `pack_pairs`."""
-    n, in_features = _extents(x)
+    n, in_features = extents(x)
     source, inputs = _source(x)
     kernel = kernel_of(bf16_activations.round_activations, in_features, source, isa)
     step = bf16_activations.ROW_STEP
@@ -211,19 +217,19 @@ def group_linear_packed(
     if int8_isa is None:
         x = materialize(x)
         n, in_features = x.shape
-        rows = linear.ROWS if _has_wide_registers() else linear.FEW_ROWS
         kernel = kernel_of(
-            group_linear.matmul, out_features, int(in_features), form, bias_dtype, rows
+            group_linear.matmul, out_features, int(in_features), form, bias_dtype, shared_rows()
         )
         return emit("group_linear", kernel, [x, *packed, *extra], [n, out_features])
-    n, in_features = _extents(x)
+    n, in_features = extents(x)
     shape = Int8Shape(out_features, in_features, form, int8_isa)
     kernel = kernel_of(int8_linear.matmul, shape, bias_dtype)
-    args = [_quantize_activations(x, shape), *packed, *extra]
+    args = [quantize_activations(x, shape), *packed, *extra]
     return emit("int8_linear", kernel, args, [n, out_features])
 
 
-def _quantize_activations(x: nn.Tensor | Rows, shape: Int8Shape) -> nn.Tensor:
+def quantize_activations(x: nn.Tensor | Rows, shape: Int8Shape) -> nn.Tensor:
+    """Return x (n, in) rounded to int8, as linears of `shape` read it."""
     source, inputs = _source(x)
     # The kernel depends on the input alone: layers of one width share it.
     any_output = dataclasses.replace(shape, out_features=1)

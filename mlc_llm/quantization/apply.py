@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from tvm.relax.frontend import nn
 
 from mlc_llm.artifact import TensorSpec, numpy_dtype
+from mlc_llm.errors import UnsupportedModel
 from mlc_llm.kernels.cpu.group_format import GroupFormat
 from mlc_llm.models.base import CausalLM, Family
 from mlc_llm.models.config import DecoderConfig
@@ -27,6 +28,7 @@ from mlc_llm.nn.linear import (
     GroupQuantizedLinear,
     Linear,
 )
+from mlc_llm.nn.moe import Experts, GroupQuantizedExperts
 from mlc_llm.nn.packed_linear import AwqLinear, Float8Linear
 from mlc_llm.quantization.formats import FALLBACK_FORMAT, join_formats, parse_format
 from mlc_llm.quantization.group import packed_specs, quantize_group
@@ -39,6 +41,8 @@ from mlc_llm.quantization.storage import (
 )
 
 _FINAL_LAYERS = ("head", "lm_head", "lm_head.linear", "embed_out")
+# Layers called `gate` with up to so many outputs choose experts and stay as they are.
+_MAX_GATE_FEATURES = 256
 
 
 def build_quantized(
@@ -99,7 +103,7 @@ def plan_parameters(
         outputs: tuple[TensorSpec, ...]
         if leaf == "weight" and layer is not None and _is_quantized(path, layer, scheme):
             transpose = isinstance(layer, Linear) and scheme.layout == "KN"
-            outputs = packed_specs(path, shape[0], shape[1], scheme, transpose=transpose)
+            outputs = packed_specs(path, shape, scheme, transpose=transpose)
             store = _group_store(scheme, transpose)
         else:
             outputs = (TensorSpec(name, shape, parameter.dtype),)
@@ -124,7 +128,7 @@ def native_formats(
     model = family.build(config, scheme.dtype)
     formats = {}
     for path, layer in _named_modules(model, ""):
-        if not isinstance(layer, (Linear, Embedding)):
+        if not isinstance(layer, (Linear, Embedding)) or _is_gate(path, layer):
             continue
         rule = family.rule_for(f"{path}.weight", config)
         found = [encoding_of(name) for name in rule.sources]
@@ -144,7 +148,11 @@ def _special_storage(
     format_name: str | None,
 ) -> Storage | None:
     """Return how a layer's weight is stored, where that is not group quantization or as it is."""
-    if not isinstance(layer, (Linear, Embedding)):
+    if isinstance(layer, Experts) and scheme.kind not in ("none", "group"):
+        raise UnsupportedModel(
+            f"{scheme.name} cannot hold the experts of this model ({path}); choose q4f16_1"
+        )
+    if not isinstance(layer, (Linear, Embedding)) or _is_gate(path, layer):
         return None
     rows, columns = shape[0], shape[-1]
     if format_name is not None:
@@ -178,9 +186,16 @@ def _cast_store(dtype: str) -> Quantize:
     return store
 
 
+def _is_gate(path: str, layer: nn.Module) -> bool:
+    is_small = isinstance(layer, Linear) and layer.out_features <= _MAX_GATE_FEATURES
+    return is_small and path.endswith("gate")
+
+
 def _is_quantized(path: str, layer: nn.Module, scheme: Scheme) -> bool:
-    if scheme.kind != "group":
+    if scheme.kind != "group" or _is_gate(path, layer):
         return False
+    if isinstance(layer, Experts):
+        return True
     if isinstance(layer, Linear):
         return scheme.quantize_final_fc or path not in _FINAL_LAYERS
     return isinstance(layer, Embedding) and scheme.quantize_embedding
@@ -189,7 +204,7 @@ def _is_quantized(path: str, layer: nn.Module, scheme: Scheme) -> bool:
 def _quantized_layer(
     path: str, layer: nn.Module, scheme: Scheme, int8_isa: str | None, format_name: str | None
 ) -> nn.Module | None:
-    if isinstance(layer, Linear) and path not in _FINAL_LAYERS:
+    if isinstance(layer, Linear) and path not in _FINAL_LAYERS and not _is_gate(path, layer):
         if scheme.kind == "awq":
             return AwqLinear(layer, int8_isa)
         if scheme.kind == "float8":
@@ -205,6 +220,8 @@ def _quantized_layer(
         return None
     if isinstance(layer, Linear):
         return GroupQuantizedLinear(layer, group_format(scheme, is_linear=True), int8_isa)
+    if isinstance(layer, Experts):
+        return GroupQuantizedExperts(layer, group_format(scheme, is_linear=False), int8_isa)
     return GroupQuantizedEmbedding(layer, group_format(scheme, is_linear=False), int8_isa)
 
 

@@ -25,17 +25,19 @@ _Block = tuple[int, slice]
 
 
 def packed_specs(
-    name: str, out_features: int, in_features: int, scheme: Scheme, *, transpose: bool
+    name: str, shape: tuple[int, ...], scheme: Scheme, *, transpose: bool
 ) -> tuple[TensorSpec, TensorSpec]:
-    """Return the specs of `name`.q_weight and `name`.q_scale for a weight (out, in)."""
+    """Return the specs of `name`.q_weight and `name`.q_scale for a weight (..., out, in)."""
+    *leading, out_features, in_features = shape
     groups = scheme.num_groups(in_features)
-    weight_shape = (out_features, groups * scheme.words_per_group)
-    scale_shape = (out_features, groups)
-    if transpose:
-        weight_shape, scale_shape = weight_shape[::-1], scale_shape[::-1]
+
+    def spec(leaf: str, columns: int, dtype: str) -> TensorSpec:
+        matrix = (columns, out_features) if transpose else (out_features, columns)
+        return TensorSpec(f"{name}.{leaf}", (*leading, *matrix), dtype)
+
     return (
-        TensorSpec(f"{name}.q_weight", weight_shape, "uint32"),
-        TensorSpec(f"{name}.q_scale", scale_shape, scheme.dtype),
+        spec("q_weight", groups * scheme.words_per_group, "uint32"),
+        spec("q_scale", groups, scheme.dtype),
     )
 
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from mlc_llm.artifact import TensorSpec
 from mlc_llm.errors import CorruptFile, ParameterMismatch
-from mlc_llm.models.plan import ParamPlan, concatenate
+from mlc_llm.models.plan import ParamPlan, Stack, concatenate
 from mlc_llm.weights.shards import ShardWriter
 from mlc_llm.weights.source import EncodedSource, WeightSource
 
@@ -142,12 +142,20 @@ def _check_names(plan: Sequence[ParamPlan], source: WeightSource, unused: tuple[
 
 def _check_source_shapes(item: ParamPlan, source: WeightSource) -> None:
     """Check shapes without reading, where the way parts are combined is known."""
-    if item.rule.combine is not concatenate:
+    combine = item.rule.combine
+    if combine is not concatenate and not isinstance(combine, Stack):
         return
     shapes = [source.shape(name) for name in item.rule.sources]
     rows = sum(shape[0] if shape else 0 for shape in shapes)
     shape = (rows, *shapes[0][1:]) if shapes[0] else ()
-    if shape != item.shape or any(other[1:] != shape[1:] for other in shapes):
+    wanted = item.shape
+    if isinstance(combine, Stack):
+        wanted = (item.shape[0] * item.shape[1], *item.shape[2:])
+        per_expert = len(shapes) // combine.num_experts
+        if shapes != shapes[:per_expert] * combine.num_experts:
+            raise ParameterMismatch(_shape_message(item, *dict.fromkeys(shapes)))
+        shapes = shapes[:per_expert]
+    if shape != wanted or any(other[1:] != shape[1:] for other in shapes):
         raise ParameterMismatch(_shape_message(item, *shapes))
 
 

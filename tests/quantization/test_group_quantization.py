@@ -86,7 +86,7 @@ def test_round_trip_error_is_half_a_scale(name, transpose):
     scheme = get_scheme(name)
     weight = random_weight((9, 203), seed=1)
     q_weight, q_scale = quantize_group(weight, scheme, transpose=transpose)
-    specs = packed_specs("x", 9, 203, scheme, transpose=transpose)
+    specs = packed_specs("x", (9, 203), scheme, transpose=transpose)
     assert [spec.shape for spec in specs] == [q_weight.shape, q_scale.shape]
     assert [spec.name for spec in specs] == ["x.q_weight", "x.q_scale"]
     back = dequantize_group(q_weight, q_scale, scheme, 203, transposed=transpose)

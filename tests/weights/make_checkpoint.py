@@ -26,7 +26,7 @@ def grouped(module, shape, sources):
     def store(weight):
         return quantize_group(weight, SCHEME, transpose=False)
 
-    outputs = packed_specs(module, *shape, SCHEME, transpose=False)
+    outputs = packed_specs(module, shape, SCHEME, transpose=False)
     return ParamPlan(f"{module}.weight", shape, ParamRule(tuple(sources)), outputs, store)
 
 
