@@ -16,7 +16,7 @@ from mlc_llm.artifact import KVCacheLayout
 from mlc_llm.models.config import DecoderConfig
 from mlc_llm.models.plan import ParamRule
 from mlc_llm.nn import ops
-from mlc_llm.nn.decoder import Decoder, DecoderLayer
+from mlc_llm.nn.decoder import NAMES, Decoder, DecoderLayer, DecoderNames
 from mlc_llm.nn.kv import PagedKV, RopeTable
 from mlc_llm.nn.linear import Embedding, Linear
 from mlc_llm.nn.mlp import GatedMLP
@@ -72,15 +72,22 @@ class CausalLM(nn.Module):
         context_len: nn.Tensor,
         logit_rows: nn.Tensor,
         kv_pages: list[nn.Tensor],
-    ) -> tuple[nn.Tensor, list[nn.Tensor]]:
-        """Run one step and return logits (r, vocab) float32 and the pages, written in place.
+        state_slots: nn.Tensor | None = None,
+        states: Sequence[nn.Tensor] = (),
+    ) -> tuple[Any, ...]:
+        """Run one step; return logits (r, vocab) float32, and pages and states written in place.
 
         All int32: token_ids, positions, slots (n); query_start (b + 1); page_table (b, p);
-        context_len (b), this step's tokens included; logit_rows (r), rows of the step.
+        context_len (b), this step's tokens included; logit_rows (r), rows of the step; state_slots
+        (b). states: as `state_specs`, each with a first dimension of slots.
         """
         kv = self._paged_kv(positions, query_start, slots, page_table, context_len, kv_pages)
+        kv.state_slots = state_slots
+        names = [state.name for state in self.state_specs()]
+        kv.states = dict(zip(names, states, strict=True))
         hidden = self.hidden_states(token_ids, kv)
-        return self.logits(self.final_norm(ops.take_rows(hidden, logit_rows))), kv.pages
+        logits = self.logits(self.final_norm(ops.take_rows(hidden, logit_rows)))
+        return (logits, kv.pages, list(kv.states.values())) if kv.states else (logits, kv.pages)
 
     def encode(
         self,
@@ -174,26 +181,41 @@ class CausalLM(nn.Module):
 
 
 class DecoderLM(CausalLM):
-    """The usual decoder: `model` with `embed_tokens`, `layers` and `norm`, and `lm_head`."""
+    """The usual decoder and its output layer, `model` and `lm_head` in most families."""
 
-    def __init__(self, config: DecoderConfig, dtype: str, model: Decoder) -> None:
+    def __init__(
+        self, config: DecoderConfig, dtype: str, model: Decoder, names: DecoderNames = NAMES
+    ) -> None:
         super().__init__(config, dtype)
-        self.model = model
+        self.names = names
+        setattr(self, names.model, model)
         if not config.tie_word_embeddings:
-            self.lm_head = Linear(config.hidden_size, config.vocab_size, dtype)
+            setattr(self, names.lm_head, Linear(config.hidden_size, config.vocab_size, dtype))
+
+    @property
+    def decoder(self) -> Decoder:
+        """Return the decoder, under whatever name."""
+        model: Decoder = getattr(self, self.names.model)
+        return model
+
+    def embed(self, token_ids: nn.Tensor) -> nn.Tensor:
+        """Return what the first layer gets, (n, hidden) float32."""
+        return self.decoder.embedding(token_ids)
 
     def hidden_states(self, token_ids: nn.Tensor, kv: PagedKV) -> nn.Tensor:
         """Embed the tokens (n) of a step and run all layers: (n, hidden) float32."""
-        return self.model(self.model.embed_tokens(token_ids), kv)
+        return self.decoder(self.embed(token_ids), kv)
 
     def final_norm(self, hidden: nn.Tensor) -> nn.Tensor | Rows:
         """Normalise rows (r, hidden) for the output layer."""
-        return self.model.norm(hidden)
+        return self.decoder.final_norm(hidden)
 
     def logits(self, rows: nn.Tensor | Rows) -> nn.Tensor:
         """Return (r, vocab) float32 for rows after the final norm."""
-        head = self.model.embed_tokens.logits if self.config.tie_word_embeddings else self.lm_head
-        return head(rows)
+        if self.config.tie_word_embeddings:
+            return self.decoder.embedding.logits(rows)
+        logits: nn.Tensor = getattr(self, self.names.lm_head)(rows)
+        return logits
 
 
 def gated_mlp(config: DecoderConfig, dtype: str, layer: int) -> nn.Module:
@@ -203,7 +225,18 @@ def gated_mlp(config: DecoderConfig, dtype: str, layer: int) -> nn.Module:
     return GatedMLP(hidden_size, width, dtype, activation=config.hidden_act)
 
 
+def pre_norm_layer(
+    attention: nn.Module, mlp: nn.Module, norm: Callable[[], nn.Module], names: DecoderNames
+) -> nn.Module:
+    """Make the layer that most families share; `norm` makes a norm."""
+    return DecoderLayer(attention, mlp, norm(), norm(), names)
+
+
 LayerPart = Callable[[Any, str, int], nn.Module]
+# Makes a norm from (width, eps, dtype).
+NormKind = Callable[[int, float, str], nn.Module]
+# Makes a layer from (attention, mlp, what makes a norm, names).
+LayerKind = Callable[[nn.Module, nn.Module, Callable[[], nn.Module], DecoderNames], nn.Module]
 
 
 def build_decoder(
@@ -211,27 +244,23 @@ def build_decoder(
     dtype: str,
     attention: LayerPart,
     mlp: LayerPart = gated_mlp,
-    norm: Callable[[int, float, str], nn.Module] = RMSNorm,
+    *,
+    norm: NormKind = RMSNorm,
+    layer: LayerKind = pre_norm_layer,
+    names: DecoderNames = NAMES,
     language_model: type[DecoderLM] = DecoderLM,
 ) -> CausalLM:
-    """Build the common pre-norm decoder.
+    """Build the common decoder; attention and mlp make a layer's halves."""
 
-    attention and mlp make a layer's halves from (config, dtype, layer); norm a norm from (width,
-    eps, dtype).
-    """
-    hidden_size, eps = config.hidden_size, config.rms_norm_eps
+    def make_norm() -> nn.Module:
+        return norm(config.hidden_size, config.rms_norm_eps, dtype)
+
     layers = [
-        DecoderLayer(
-            attention(config, dtype, index),
-            mlp(config, dtype, index),
-            norm(hidden_size, eps, dtype),
-            norm(hidden_size, eps, dtype),
-        )
+        layer(attention(config, dtype, index), mlp(config, dtype, index), make_norm, names)
         for index in range(config.num_hidden_layers)
     ]
-    table = Embedding(config.vocab_size, hidden_size, dtype)
-    decoder = Decoder(table, layers, norm(hidden_size, eps, dtype))
-    return language_model(config, dtype, decoder)
+    table = Embedding(config.vocab_size, config.hidden_size, dtype)
+    return language_model(config, dtype, Decoder(table, layers, make_norm(), names), names)
 
 
 @dataclass(frozen=True)

@@ -36,11 +36,12 @@ class DecoderConfig:
     """Shape and limits of a decoder; the fields of MLC LLM's `model_config` and a few of ours.
 
     ALIASES: other names that `config.json` or MLC LLM's `model_config` of the family give a field;
-    the first of them is written to `model_config` as well. partial_rotary_factor: the share of
-    `head_dim` that is rotated.
+    the first of them is written to `model_config` as well. DEFAULTS: what holds where neither says
+    anything, under names of either. partial_rotary_factor: the share of `head_dim` that is rotated.
     """
 
     ALIASES: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    DEFAULTS: ClassVar[Mapping[str, Any]] = {}
 
     hidden_size: int
     intermediate_size: int
@@ -182,12 +183,15 @@ class DecoderConfig:
 
     @classmethod
     def _with_own_names(cls, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the fields, those under other names also under ours."""
+        """Return the fields, those under other names also under ours, and defaults."""
         values = dict(config)
         for name, names in cls.ALIASES.items():
             found = [values[other] for other in names if values.get(other) is not None]
             if values.get(name) is None and found:
                 values[name] = found[0]
+        for name, value in cls.DEFAULTS.items():
+            if values.get(name) is None:
+                values[name] = value
         return values
 
     @classmethod
