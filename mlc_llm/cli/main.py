@@ -40,6 +40,10 @@ _COMMANDS: Mapping[str, tuple[str, str]] = {
     "gen_config": ("gen_config", "gen_config"),
     "convert_weight": ("convert_weight", "convert_weight"),
     "compile": ("compile", "compile_library"),
+    "pull": ("pull", "pull"),
+    "list": ("list_models", "list_models"),
+    "rm": ("rm", "rm"),
+    "ps": ("ps", "ps"),
     "demo-model": ("demo_model", "demo_model"),
     "doctor": ("doctor", "doctor"),
 }

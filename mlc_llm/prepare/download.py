@@ -13,7 +13,6 @@ from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 from mlc_llm.artifact import (
@@ -39,12 +38,11 @@ from mlc_llm.prepare.cache import (
     make_temporary_directory,
     storage_errors,
 )
+from mlc_llm.prepare.hub import connect, explained, list_files
 from mlc_llm.prepare.progress import Progress
 from mlc_llm.prepare.transfer import (
-    CutShort,
     RemoteFile,
     Transfer,
-    hub_tools,
     partial_path,
     size_or_zero,
 )
@@ -61,7 +59,6 @@ _TOKENIZER_FILES = (
 )
 _INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _NUM_CONNECTIONS = 4
-_API_TIMEOUT_S = 30.0
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 _REPO = re.compile(rf"(?P<user>{_NAME})/(?P<name>{_NAME})(/(?P<file>[^@]+))?(@(?P<revision>.+))?")
 
@@ -131,16 +128,19 @@ def fetch(
     policy: CachePolicy,
     progress: Progress,
     access: HubAccess,
+    is_update: bool = False,
 ) -> Path:
     """Return a complete local copy: a directory, or the .gguf file of a GGUF repository.
 
-    A complete copy is used without asking the network. Raises OptionError, ModelNotFound (no such
+    A complete copy is used without asking the network, but for an update, which fetches the files
+    that have changed since. Raises OptionError, ModelNotFound (no such
     repository, or no model in it), UnsupportedModel, DownloadError, StorageError and CorruptFile.
     """
     if policy is CachePolicy.OFF:
         return _download(ref, make_temporary_directory(), False, progress, access)
     directory = home.repository_directory(ref.user, ref.name, ref.revision)
-    found = _find_complete(directory, ref) if policy.reads else None
+    must_ask = is_update and policy is CachePolicy.ON
+    found = _find_complete(directory, ref) if policy.reads and not must_ask else None
     if found is not None:
         return found
     if policy is CachePolicy.READONLY:
@@ -149,11 +149,23 @@ def fetch(
             "forbids fetching it; set MLC_DOWNLOAD_CACHE_POLICY=ON"
         )
     with hold_lock(directory, progress):
-        found = _find_complete(directory, ref) if policy.reads else None
+        found = _find_complete(directory, ref) if policy.reads and not must_ask else None
         if found is not None:  # fetched by the process we waited for
             return found
         redo = policy is CachePolicy.REDO
         return _download(ref, directory, redo, progress, access)
+
+
+def find_download(ref: RepoRef, home: CacheHome) -> Path | None:
+    """Return the complete copy of a repository in the cache, without asking the network."""
+    return _find_complete(home.repository_directory(ref.user, ref.name, ref.revision), ref)
+
+
+def find_licence(ref: RepoRef, home: CacheHome) -> str | None:
+    """Return the licence the hub named when a repository was downloaded, if it did."""
+    path = _manifest_path(home.repository_directory(ref.user, ref.name, ref.revision), ref)
+    licence = read_json_object(path).get("licence") if path.is_file() else None
+    return licence if isinstance(licence, str) else None
 
 
 def _manifest_path(directory: Path, ref: RepoRef) -> Path:
@@ -186,20 +198,18 @@ def _model_path(directory: Path, files: Collection[str]) -> Path:
 def _download(
     ref: RepoRef, directory: Path, redo: bool, progress: Progress, access: HubAccess
 ) -> Path:
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
-
-    from mlc_llm import __version__
-
-    caller: dict[str, Any] = {"library_name": "mlc_llm", "library_version": __version__}
-    api = HfApi(access.endpoint, token=access.token, **caller)
-    if not re.match(r"https?://[^/\s]+", api.endpoint):
-        raise OptionError(
-            f"HF_ENDPOINT is {api.endpoint!r}; it must be an address such as https://huggingface.co"
-        )
-    headers = hub_tools().build_hf_headers(token=access.token, **caller)
-    try:
-        commit, listing = _list_files(api, ref)
+    api, headers = connect(access)
+    with explained(
+        ref, api.endpoint, directory, lambda: _find_complete(directory, ref) is not None
+    ):
+        commit, licence, listing = list_files(api, ref)
+        found = None if redo else _find_complete(directory, ref)
+        if (
+            found is not None
+            and read_json_object(_manifest_path(directory, ref))["commit"] == commit
+        ):
+            progress.message(f"{ref} is up to date")
+            return found
         files = [listing[name] for name in select_files(listing, ref)]
         manifest = _manifest_path(directory, ref)
         with storage_errors(directory):
@@ -211,42 +221,14 @@ def _download(
         progress.start(f"Downloading {ref}", total, "bytes")
         _fetch_all(Transfer(directory, headers, progress, access.retry_delay_s), files)
         progress.finish()
-    except (HfHubHTTPError, hub_tools().httpx.HTTPError, CutShort, ConnectionError) as error:
-        raise _explain(error, ref, api.endpoint, directory) from error
     if CHAT_CONFIG_NAME in listing and ref.file is None:
         read_tensor_index(directory).verify_checksums()
     names = {file.name: (directory / file.name).stat().st_size for file in files}
     content = {"repository": ref.repo_id, "revision": ref.revision, "commit": commit}
+    content["licence"] = licence
     with storage_errors(manifest):
         write_atomically(manifest, json.dumps({**content, "files": names}, indent=2) + "\n")
     return _model_path(directory, names)
-
-
-def _list_files(api: Any, ref: RepoRef) -> tuple[str, dict[str, RemoteFile]]:
-    """Ask the hub for the commit a revision stands for, and the files there."""
-    from huggingface_hub import hf_hub_url
-
-    try:
-        info = api.model_info(
-            ref.repo_id,
-            revision=ref.revision or "main",
-            files_metadata=True,
-            timeout=_API_TIMEOUT_S,
-        )
-        commit = str(info.sha)
-        files = {}
-        for sibling in info.siblings or []:
-            name = sibling.rfilename
-            url = hf_hub_url(ref.repo_id, name, revision=commit, endpoint=api.endpoint)
-            sha256 = sibling.lfs.sha256 if sibling.lfs else None
-            digest = f"sha256:{sha256}" if sha256 else f"git:{sibling.blob_id or ''}"
-            files[name] = RemoteFile(name, url, sibling.size, digest)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DownloadError(
-            f"{api.endpoint} does not answer like a Hugging Face Hub ({error}); check HF_ENDPOINT, "
-            "and whether a proxy or login page stands in between"
-        ) from error
-    return commit, files
 
 
 def select_files(names: Collection[str], ref: RepoRef) -> list[str]:
@@ -331,41 +313,3 @@ def _fetch_all(transfer: Transfer, files: Collection[RemoteFile]) -> None:
             transfer.stop()
             for future in futures:
                 future.cancel()
-
-
-def _explain(
-    error: BaseException, ref: RepoRef, endpoint: str, directory: Path
-) -> DownloadError | ModelNotFound:
-    """Return the error that tells a user what to do about a failure of the hub or the network."""
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    if isinstance(error, GatedRepoError):
-        return DownloadError(
-            f"HF://{ref.repo_id} is gated: accept its terms at {endpoint}/{ref.repo_id}, then set "
-            "HF_TOKEN to an access token of that account"
-        )
-    if isinstance(error, RepositoryNotFoundError):
-        return ModelNotFound(
-            f"HF://{ref.repo_id} does not exist at {endpoint}, or is private; check the spelling, "
-            "or set HF_TOKEN to an access token that may read it"
-        )
-    if isinstance(error, RevisionNotFoundError):
-        return DownloadError(
-            f"HF://{ref.repo_id} has no revision {ref.revision or 'main'!r}; "
-            f"see its branches and tags at {endpoint}/{ref.repo_id}"
-        )
-    if isinstance(error, HfHubHTTPError):
-        status = error.response.status_code
-        hint = "set HF_TOKEN to a valid access token" if status in (401, 403) else "try again later"
-        return DownloadError(f"{endpoint} answered {ref} with HTTP status {status}; {hint}")
-    started = any(directory.glob("**/*.partial"))
-    return DownloadError(
-        f"cannot fetch {ref} from {endpoint} ({str(error) or type(error).__name__}), and there is "
-        f"no complete copy in {directory}; check the network connection, proxy and HF_ENDPOINT"
-        + (", then run again: what arrived is kept" if started else "")
-    )
