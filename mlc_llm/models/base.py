@@ -5,14 +5,15 @@ Only what every model needs. Rarer things live in their family's file or in `nn/
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from tvm.relax.frontend import nn
 from tvm.relax.frontend.nn import spec
 
-from mlc_llm.artifact import KVCacheLayout
+from mlc_llm.artifact import KVCacheLayout, TensorSpec
+from mlc_llm.errors import UnsupportedModel
 from mlc_llm.models.config import DecoderConfig
 from mlc_llm.models.plan import ParamRule
 from mlc_llm.nn import ops
@@ -61,6 +62,10 @@ class CausalLM(nn.Module):
             page_size=PAGE_SIZE,
             dtype=config.kv_dtype(self.dtype_name),
         )
+
+    def state_specs(self) -> list[TensorSpec]:
+        """Return the tensors of one sequence's recurrent state; most models have none."""
+        return []
 
     def forward(
         self,
@@ -156,7 +161,7 @@ class CausalLM(nn.Module):
         layout = self.kv_layout()
         page_shape = ["num_pages", *layout.page_shape(0)[1:]]
         pages = [spec.Tensor(page_shape, layout.dtype) for _ in range(layout.num_layers)]
-        entry = {
+        entry: dict[str, Any] = {
             "token_ids": spec.Tensor(["n"], "int32"),
             "positions": spec.Tensor(["n"], "int32"),
             "query_start": spec.Tensor(["num_starts"], "int32"),
@@ -167,6 +172,13 @@ class CausalLM(nn.Module):
             "kv_pages": pages,
             "$": {"param_mode": "plain", "effect_mode": "none"},
         }
+        if states := self.state_specs():
+            entry["state_slots"] = spec.Tensor(["b"], "int32")
+            entry["states"] = [
+                spec.Tensor(["num_slots", *state.shape], state.dtype) for state in states
+            ]
+        if task != "chat" and states:
+            raise UnsupportedModel("models with recurrent state make no embeddings; use another")
         if task != "chat":
             return spec.ModuleSpec.from_raw({STEP_ENTRIES[task]: entry}, self)
         row_settings = ("temperature", "top_p", "min_p")

@@ -6,7 +6,7 @@ Pages are plain tensors owned by the engine; this object only routes them.
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tvm.relax.frontend import nn
 
@@ -24,7 +24,10 @@ class RopeTable:
 
 @dataclass
 class PagedKV:
-    """Step inputs, all int32, and one page tensor per layer (see `LibraryMetadata.kv_cache`)."""
+    """Step inputs, all int32, and one page tensor per layer (see `LibraryMetadata.kv_cache`).
+
+    states: those of recurrent layers by name, (slots, ...); a layer puts the written one back.
+    """
 
     positions: nn.Tensor  # (n)
     query_start: nn.Tensor  # (b + 1)
@@ -33,6 +36,8 @@ class PagedKV:
     context_len: nn.Tensor  # (b)
     pages: list[nn.Tensor]
     ropes: list[RopeTable]
+    state_slots: nn.Tensor | None = None  # (b)
+    states: dict[str, nn.Tensor] = field(default_factory=dict)
 
     def attend(
         self, layer: int, qkv: nn.Tensor, shape: AttentionShape, rope: int | None = 0
