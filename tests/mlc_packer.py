@@ -18,6 +18,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 from numpy_model import head_size, read_weights, rope_parameters
+from packed_layouts import store_blocks, store_e4m3, store_e5m2
 
 Array = NDArray[Any]
 
@@ -62,6 +63,8 @@ class Format:
     bits: int = 0
     group_size: int = 32
     transposed: bool = False
+    # What yields the stored arrays of a parameter, where groups do not.
+    store: Callable[[str, Array], Iterator[tuple[str, Array]]] | None = None
 
 
 FORMATS = {
@@ -74,6 +77,13 @@ FORMATS = {
     "q4f32_1": Format(np.float32, 4),
     # Not one of MLC LLM's schemes: its packing rule with 8 bits.
     "q8f16_1": Format(np.float16, 8),
+    "e5m2_e5m2_f16": Format(np.float16, store=store_e5m2),
+    "e4m3_e4m3_f16": Format(np.float16, store=store_e4m3),
+    "e4m3_e4m3_f16_max_calibrate": Format(np.float16, store=store_e4m3),
+    "fp8_e4m3fn_bf16_block_scale": Format(ml_dtypes.bfloat16, store=store_blocks(False)),
+    "fp8_e4m3fn_bf16_block_scale_static_activation": Format(
+        ml_dtypes.bfloat16, store=store_blocks(True)
+    ),
 }
 
 
@@ -141,6 +151,9 @@ def fuse(config: Mapping[str, Any], weights: Mapping[str, Array]) -> Iterator[tu
 
 def quantize(name: str, weight: Array, form: Format) -> Iterator[tuple[str, Array]]:
     """Yield what a parameter is stored as: itself, or `.q_weight` and `.q_scale`."""
+    if form.store is not None:
+        yield from form.store(name, weight)
+        return
     if form.bits == 0 or weight.ndim != 2:
         yield name, weight
         return

@@ -159,3 +159,26 @@ def test_words_worked_out_by_hand() -> None:
     # A group of zeros has scale 0 and holds the zero point.
     words, scale = pack_groups(np.zeros((1, 32), np.float16), FORMATS["q4f16_1"])
     assert scale.tolist() == [[0.0]] and words.tolist() == [[0x77777777] * 4]
+
+
+@pytest.mark.parametrize("quantization", [name for name, form in FORMATS.items() if form.store])
+def test_eight_bit_floats_are_those_of_the_converter(quantization: str, tmp_path: Path) -> None:
+    from mlc_llm.prepare.progress import NullProgress
+    from mlc_llm.prepare.resolve import convert_weights
+
+    # A checkpoint in the scheme's own dtype: nothing is rounded before it is quantized.
+    is_bfloat16 = FORMATS[quantization].dtype != np.float16
+    directory = get_case("qwen2_tied_bf16" if is_bfloat16 else "llama_gqa_f16").directory
+    pack_artifact(directory, tmp_path / "theirs", quantization)
+    convert_weights(
+        directory, tmp_path / "ours", quantization=quantization, progress=NullProgress()
+    )
+    theirs, ours = read_tensor_index(tmp_path / "theirs"), read_tensor_index(tmp_path / "ours")
+    theirs.check([record.spec for record in ours.records.values()], "theirs")
+    for name in ours.records:
+        one, other = ours.read(name), theirs.read(name)
+        if one.dtype == np.float32:
+            # Scales have bfloat16 precision on their disk.
+            assert np.allclose(one, other, rtol=2**-8)
+        else:
+            assert np.array_equal(one.view(np.uint8), other.view(np.uint8))

@@ -83,6 +83,7 @@ def pack_codes(
 def quantize_codes(weight: NDArray[Any], form: GroupFormat) -> GroupCodes:
     """Round a weight (out, in) to the codes of a format without minima, to nearest.
 
+    Inputs are filled up to whole groups, with zeros.
     Raises CorruptFile on NaN and infinity.
     """
     groups = form.num_groups(weight.shape[1])
@@ -97,22 +98,19 @@ def quantize_codes(weight: NDArray[Any], form: GroupFormat) -> GroupCodes:
     scale = (largest / np.float32(top)).astype(_SCALE_DTYPE).astype(np.float32)
     divisor = np.where(scale == 0, np.float32(1), scale)[..., None]
     codes = np.rint(grouped / divisor).clip(-top, top) + form.zero_point
-    codes = codes.reshape(values.shape)[:, : weight.shape[1]]
-    return GroupCodes(codes.astype(np.uint8), scale, form.zero_point)
+    return GroupCodes(codes.reshape(values.shape).astype(np.uint8), scale, form.zero_point)
 
 
 def _pack_matrix(part: GroupCodes, form: GroupFormat) -> tuple[NDArray[np.uint32], NDArray[Any]]:
-    rows, in_features = part.codes.shape
-    groups = form.num_groups(in_features)
-    codes = np.zeros((rows, groups * form.group_size), np.uint8)
-    codes[:, :in_features] = part.codes
-    repeats = part.codes.shape[1] // part.scale.shape[1] // form.group_size
+    rows, width = part.codes.shape
+    groups = width // form.group_size
+    repeats = groups // part.scale.shape[1]
     scale = np.repeat(part.scale, repeats, axis=1)
     if form.has_minimum:
         minimum = np.float32(-part.zero) * part.scale if part.minimum is None else part.minimum
         scale = np.stack([scale, np.repeat(minimum, repeats, axis=1)], axis=2).reshape(rows, -1)
     stored = _as_stored(scale)
-    return _pack_words(codes.reshape(rows, groups, -1), form).reshape(rows, -1), stored
+    return _pack_words(part.codes.reshape(rows, groups, -1), form).reshape(rows, -1), stored
 
 
 def _as_stored(scale: NDArray[np.float32]) -> NDArray[Any]:

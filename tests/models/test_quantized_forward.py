@@ -10,6 +10,7 @@ import numpy_model
 import pytest
 from numpy.typing import NDArray
 from numpy_model import forward, read_weights
+from packed_layouts import read_float8
 from paged_sequence import PagedSequence
 from reference_cases import ReferenceCase, get_case
 from tiny_models import (
@@ -41,6 +42,7 @@ ROUNDING_COST = 6e-2
 # Both layouts, 3, 4 and 8 bits, every dtype, and what is left unquantized.
 SCHEMES = ["q3f16_1", "q4f16_0", "q4f16_1", "q4f16_2", "q4bf16_1", "q4f32_1", "q8f16_1"]
 
+FLOAT8_SCHEMES = ["e5m2_e5m2_f16", "e4m3_e4m3_f16", "fp8_e4m3fn_bf16_block_scale"]
 # Dtypes of scales are covered by the tests of the kernel.
 INT8_SCHEMES = ["q3f16_1", "q4f16_0", "q4f16_1", "q4f16_2", "q8f16_1"]
 
@@ -63,6 +65,9 @@ def stored_weights(case: ReferenceCase, artifact: Path, scheme: Scheme) -> dict[
 
 
 def dequantize(item: ParamPlan, arrays: list[NDArray[Any]], scheme: Scheme) -> NDArray[Any]:
+    if scheme.kind == "float8":
+        named = {spec.name: array for spec, array in zip(item.outputs, arrays, strict=True)}
+        return read_float8(named, item.name.removesuffix(".weight"))
     transposed = scheme.layout == "KN" and "embed" not in item.name
     return dequantize_group(*arrays, scheme, item.shape[1], transposed=transposed)
 
@@ -119,7 +124,7 @@ class Quantized:
 
 
 @pytest.mark.cpu
-@pytest.mark.parametrize("quantization", ["q0f16", "q0bf16", *SCHEMES])
+@pytest.mark.parametrize("quantization", ["q0f16", "q0bf16", *SCHEMES, *FLOAT8_SCHEMES])
 def test_float_path_is_the_dequantized_model(tiny_models: TinyModels, quantization: str) -> None:
     model = Quantized(tiny_models, "llama_odd_sizes", quantization)
     expected = model.expected()
@@ -143,8 +148,11 @@ def test_int8_path_is_the_model_with_rounded_activations(
 
 
 @pytest.mark.cpu
-def test_unquantized_weights_keep_exact_activations(tiny_models: TinyModels) -> None:
-    model = Quantized(tiny_models, "llama_odd_sizes", "q0f16")
+@pytest.mark.parametrize("quantization", ["q0f16", "e4m3_e4m3_f16"])
+def test_weights_that_are_no_integers_keep_exact_activations(
+    tiny_models: TinyModels, quantization: str
+) -> None:
+    model = Quantized(tiny_models, "llama_odd_sizes", quantization)
     logits = model.compiled(INT8_OPT, kv_cache_dtype="float32")
     assert relative_error(logits, model.expected()) < TOLERANCE["float32"]
 
