@@ -329,7 +329,7 @@ def _huggingface_form(source: Path) -> Iterator[Path]:
     if source.is_dir():
         yield source
         return
-    from mlc_llm.weights.gguf_tokenizer import write_tokenizer
+    from mlc_llm.prepare.gguf_tokenizer import write_tokenizer
     from mlc_llm.weights.open import open_source
 
     with tempfile.TemporaryDirectory(prefix="mlc_llm-") as name:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import tokenizers
 
 from mlc_llm.text.formats.byte_level import byte_of_character
-from mlc_llm.text.formats.content import SPACE_MARK
+from mlc_llm.text.formats.content import SPACE_MARK, no_panics
 
 TOKENIZER_NAME = "tokenizer.json"
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -89,12 +89,13 @@ class HuggingFaceVocabulary:
 
     def encode(self, text: str, add_special_tokens: bool) -> tuple[list[int], int]:
         """Return the ids, and how many special ones were put behind those of the text."""
-        if len(text) < _LONG_TEXT:
-            encoding = self._inner.encode(text, add_special_tokens=add_special_tokens)
-        else:
-            # Unlike encode, lets other threads run meanwhile: megabytes take seconds.
-            batch = self._inner.encode_batch_fast([text], add_special_tokens=add_special_tokens)
-            encoding = batch[0]
+        with no_panics("the tokenizer"):
+            if len(text) < _LONG_TEXT:
+                encoding = self._inner.encode(text, add_special_tokens=add_special_tokens)
+            else:
+                # Unlike encode, lets other threads run meanwhile: megabytes take seconds.
+                batch = self._inner.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+                encoding = batch[0]
         num_added = 0
         if add_special_tokens:
             mask = encoding.special_tokens_mask
@@ -104,7 +105,8 @@ class HuggingFaceVocabulary:
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
         """Return the text of ids, all of which are there."""
-        return str(self._inner.decode(ids, skip_special_tokens=skip_special_tokens))
+        with no_panics("the tokenizer"):
+            return str(self._inner.decode(ids, skip_special_tokens=skip_special_tokens))
 
     def id_of(self, token: str) -> int | None:
         """Return the id of a token as the vocabulary spells it, or None."""

@@ -1,7 +1,7 @@
 """GGUF checkpoints under Hugging Face names: tensor names, row order and `config.json` content.
 
-Knows the architectures in ARCHITECTURES. The container is read by gguf_file.py and the tokenizer
-rebuilt by gguf_tokenizer.py, whose `write_tokenizer` is at hand here too.
+Knows the architectures in ARCHITECTURES. The container is read by gguf_file.py; the tokenizer is
+rebuilt by prepare/gguf_tokenizer.py.
 """
 
 from __future__ import annotations
@@ -22,9 +22,8 @@ from mlc_llm.quantization.formats import OTHER_ENCODING
 from mlc_llm.weights.gguf_codes import FORMATS, decode_blocks
 from mlc_llm.weights.gguf_file import UNQUANTIZED, GGUFFile
 from mlc_llm.weights.gguf_rope import find_llama3_scaling
-from mlc_llm.weights.gguf_tokenizer import write_tokenizer
 
-__all__ = ["ARCHITECTURES", "GGUFSource", "write_tokenizer"]
+__all__ = ["ARCHITECTURES", "GGUFSource"]
 
 
 @dataclass(frozen=True)

@@ -300,7 +300,7 @@ def test_interrupted_writing_leaves_no_config(
 
 @pytest.mark.weights
 def test_prompt_of_the_demo_model(demo_gguf: Path, tmp_path: Path) -> None:
-    from mlc_llm.weights.gguf_tokenizer import write_tokenizer
+    from mlc_llm.prepare.gguf_tokenizer import write_tokenizer
 
     write_tokenizer(demo_gguf, tmp_path / "source")
     model_config = FakeModelConfig(vocab_size=49152)

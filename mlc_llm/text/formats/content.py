@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -120,10 +121,25 @@ def build(content: Mapping[str, Any], path: Path) -> tokenizers.Tokenizer:
 def parse(read: Callable[[], tokenizers.Tokenizer], path: Path) -> tokenizers.Tokenizer:
     """Return what `read` returns. Raises CorruptFile where `tokenizers` refuses the content."""
     try:
-        return read()
+        with no_panics(str(path)):
+            return read()
     except ValueError as error:
         raise CorruptFile(
             f"{path} is not a tokenizer ({error}); download or convert the model again"
+        ) from None
+
+
+@contextmanager
+def no_panics(what: str) -> Iterator[None]:
+    """Raise CorruptFile where code in Rust gives up, which Python would take for its own end."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise CorruptFile(
+            f"{what} is damaged: the tokenizers package fails on it ({error!s:.200}); download or "
+            "convert the model again"
         ) from None
 
 

@@ -6,10 +6,14 @@ Kudo and Richardson 2018 describe the algorithms; ids equal those of the sentenc
 from __future__ import annotations
 
 import base64
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import tokenizers
 
 from mlc_llm.errors import CorruptFile, UnsupportedModel
 from mlc_llm.text.formats.content import (
@@ -62,28 +66,43 @@ def sentencepiece_content(
     found = _special_pieces(model, path)
     wants_bos = settings.get("add_bos_token", base_class not in _CLASSES_WITHOUT_BOS)
     wants_eos = settings.get("add_eos_token", False)
-    first = [model.bos_id] if wants_bos and "bos_token" in found else []
-    last = [model.eos_id] if wants_eos and "eos_token" in found else []
-    frame = Frame(
-        _added_pieces(model),
-        first,
-        last,
-        {token_id: model.pieces[token_id].text for token_id in (*first, *last)},
+    content = model_content(
+        model,
+        path,
+        first=[model.bos_id] if wants_bos and "bos_token" in found else [],
+        last=[model.eos_id] if wants_eos and "eos_token" in found else [],
+        has_first_prefix_only=settings.get("legacy") is False,
     )
-    is_first_only = settings.get("legacy") is False
-    content = make_content(
+    return content, {
+        **found,
+        "add_bos_token": bool(wants_bos and "bos_token" in found),
+        "add_eos_token": bool(wants_eos and "eos_token" in found),
+    }
+
+
+def model_content(
+    model: SentencePieceModel,
+    path: Path,
+    *,
+    first: Sequence[int],
+    last: Sequence[int],
+    has_first_prefix_only: bool = False,
+) -> dict[str, Any]:
+    """Return the content of a tokenizer.json for a unigram or BPE model.
+
+    first, last: ids of pieces to put around a text. has_first_prefix_only: the dummy prefix goes
+    before a text alone, not also behind each special token. `path` names the origin in errors.
+    """
+    spelling = {token_id: model.pieces[token_id].text for token_id in (*first, *last)}
+    return make_content(
         _unigram(model.pieces, model.byte_fallback, path)
         if _is_unigram(model)
         else _bpe(model.pieces, model.byte_fallback, path),
-        frame,
-        normalizers=_normalizers(model, is_first_only),
-        pre_tokenizers=_pre_tokenizers(model, is_first_only),
-        decoders=space_decoders(
-            strips=model.add_dummy_prefix or model.remove_extra_whitespaces,
-            escapes=model.escape_whitespaces,
-        ),
+        Frame(_added_pieces(model), first, last, spelling),
+        normalizers=_normalizers(model, has_first_prefix_only, path),
+        pre_tokenizers=_pre_tokenizers(model, has_first_prefix_only),
+        decoders=_decoders(model),
     )
-    return content, {**found, "add_bos_token": bool(first), "add_eos_token": bool(last)}
 
 
 def _check_supported(model: SentencePieceModel, path: Path) -> None:
@@ -92,6 +111,8 @@ def _check_supported(model: SentencePieceModel, path: Path) -> None:
         refused = f"cuts text by {model.model_type.name.lower()}s; unigram and BPE are supported"
     elif model.whitespace_as_suffix:
         refused = "writes spaces behind words (treat_whitespace_as_suffix)"
+    elif not model.escape_whitespaces:
+        refused = "leaves spaces as they are (escape_whitespaces)"
     elif model.has_denormalizer:
         refused = "changes the text it decodes (denormalizer_spec)"
     elif model.model_type is ModelType.UNIGRAM and any(
@@ -125,7 +146,7 @@ def _special_pieces(model: SentencePieceModel, path: Path) -> dict[str, str]:
     }
 
 
-def ids_of_pieces(pieces: Sequence[Piece], path: Path) -> dict[str, int]:
+def _ids_of(pieces: Sequence[Piece], path: Path) -> dict[str, int]:
     """Return the id of each piece. Raises CorruptFile if one is empty or there twice."""
     ids: dict[str, int] = {}
     for number, piece in enumerate(pieces):
@@ -153,28 +174,27 @@ def _is_unigram(model: SentencePieceModel) -> bool:
 
 
 def _bpe(pieces: Sequence[Piece], byte_fallback: bool, path: Path) -> dict[str, Any]:
-    ids = ids_of_pieces(pieces, path)
+    ids = _ids_of(pieces, path)
+    unknown = _find_unknown(pieces)
+    ranked = sorted(
+        (piece for piece in pieces if piece.type is PieceType.NORMAL and len(piece.text) > 1),
+        key=lambda piece: (-piece.score, ids[piece.text]),
+    )
     return bpe_model(
         ids,
-        merges_by_score(pieces, ids),
-        unk_token=next(piece.text for piece in pieces if piece.type is PieceType.UNKNOWN),
+        list(all_merges([piece.text for piece in ranked], ids)),
+        unk_token=None if unknown is None else pieces[unknown].text,
         fuse_unk=True,
         byte_fallback=byte_fallback,
     )
 
 
-def merges_by_score(pieces: Sequence[Piece], ids: Mapping[str, int]) -> list[tuple[str, str]]:
-    """Return the merges of a BPE vocabulary that ranks its normal pieces by their scores."""
-    ranked = sorted(
-        (piece for piece in pieces if piece.type is PieceType.NORMAL and len(piece.text) > 1),
-        key=lambda piece: (-piece.score, ids[piece.text]),
-    )
-    return list(all_merges([piece.text for piece in ranked], ids))
+def _find_unknown(pieces: Sequence[Piece]) -> int | None:
+    return next((n for n, piece in enumerate(pieces) if piece.type is PieceType.UNKNOWN), None)
 
 
 def _unigram(pieces: Sequence[Piece], byte_fallback: bool, path: Path) -> dict[str, Any]:
-    ids_of_pieces(pieces, path)
-    unknown = next(n for n, piece in enumerate(pieces) if piece.type is PieceType.UNKNOWN)
+    _ids_of(pieces, path)
     normal = [piece.score for piece in pieces if piece.type is PieceType.NORMAL] or [0.0]
     lowest = min(normal)
 
@@ -186,42 +206,90 @@ def _unigram(pieces: Sequence[Piece], byte_fallback: bool, path: Path) -> dict[s
 
     return {
         "type": "Unigram",
-        "unk_id": unknown,
+        "unk_id": _find_unknown(pieces),
         "vocab": [[piece.text, score(piece)] for piece in pieces],
         "byte_fallback": byte_fallback,
     }
 
 
-def _normalizers(model: SentencePieceModel, is_first_only: bool) -> list[dict[str, Any]]:
+def _normalizers(
+    model: SentencePieceModel, has_first_prefix_only: bool, path: Path
+) -> list[dict[str, Any]]:
     """Return the steps of sentencepiece's normalizer, in its order."""
     steps: list[dict[str, Any]] = []
     if model.charsmap:
+        check_charsmap(model.charsmap, path)
         charsmap = base64.b64encode(model.charsmap).decode("ascii")
         steps.append({"type": "Precompiled", "precompiled_charsmap": charsmap})
     if model.remove_extra_whitespaces:
-        end = f"[ {SPACE_MARK}]" if model.escape_whitespaces else " "
-        steps.append(_replace({"Regex": rf"\A +|{end}+\z"}, ""))
+        steps.append(_replace({"Regex": rf"\A +|[ {SPACE_MARK}]+\z"}, ""))
         steps.append(_replace({"Regex": " {2,}"}, " "))
-    mark = SPACE_MARK if model.escape_whitespaces else " "
-    if model.add_dummy_prefix and not is_first_only:
-        steps.append(_prefix(mark, [t.text for t in _added_pieces(model) if t.normalized]))
-    if model.escape_whitespaces:
-        steps.append(_replace({"String": " "}, SPACE_MARK))
-    return steps
+    defined = [piece.text for piece in model.pieces if piece.type is PieceType.USER_DEFINED]
+    # Defined tokens stay as they are: other characters stand for those that would not.
+    stand_ins = dict(zip(_changed_by(steps, defined), map(chr, range(0xF0000, 0xFFFFE))))  # noqa: B905
+    steps = [*(_replace({"String": text}, mark) for text, mark in stand_ins.items()), *steps]
+    if model.add_dummy_prefix and not has_first_prefix_only:
+        matched = [] if _is_unigram(model) else [stand_ins.get(text, text) for text in defined]
+        steps.append(_prefix(matched))
+    steps.append(_replace({"String": " "}, SPACE_MARK))
+    return [*steps, *(_replace({"String": mark}, text) for text, mark in stand_ins.items())]
 
 
-def _prefix(mark: str, defined: Sequence[str]) -> dict[str, Any]:
+def _changed_by(steps: Sequence[Mapping[str, Any]], texts: Sequence[str]) -> list[str]:
+    """Return the texts that normalizers change, the longest first."""
+    if not steps or not texts:
+        return []
+    model = {"type": "WordLevel", "vocab": {"": 0}, "unk_token": ""}
+    content = make_content(model, Frame(), normalizers=steps)
+    normalizer = tokenizers.Tokenizer.from_buffer(json.dumps(content).encode()).normalizer
+    assert normalizer is not None
+    changed = (text for text in texts if normalizer.normalize_str(text) != text)
+    return sorted(changed, key=len, reverse=True)
+
+
+def check_charsmap(charsmap: bytes, path: Path) -> None:
+    """Raise CorruptFile unless every way through a map of characters stays inside it.
+
+    It is the size of a double-array trie, the trie (darts-clone), and texts that end with a zero.
+    """
+    size = int.from_bytes(charsmap[:4], "little")
+    units = np.frombuffer(charsmap[4 : 4 + size], "<u4") if size % 4 == 0 else np.empty(0, "<u4")
+    texts = np.frombuffer(charsmap[4 + size :], np.uint8)
+    is_value = units >> 31 == 1
+    nodes = units[~is_value]
+    offsets = (nodes >> 10) << ((nodes & (1 << 9)) >> 6)
+    reached = (np.flatnonzero(~is_value) ^ offsets) | 0xFF
+    values = units[is_value] & 0x7FFFFFFF
+    is_whole = len(units) > 0 and len(units) * 4 == size and len(texts) > 0 and texts[-1] == 0
+    if is_whole and (reached < len(units)).all() and (values < len(texts)).all():
+        starts_character = (texts[values] & 0xC0) != 0x80
+        if starts_character.all() and _is_utf8(charsmap[4 + size :]):
+            return
+    raise CorruptFile(
+        f"{path} has a damaged map of characters (precompiled_charsmap); download the model again"
+    )
+
+
+def _is_utf8(content: bytes) -> bool:
+    try:
+        content.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _prefix(defined: Sequence[str]) -> dict[str, Any]:
     if not defined:
-        return {"type": "Prepend", "prepend": mark}
-    # Defined tokens go through the normalizer too, and must come out as they are; so a text that
+        return {"type": "Prepend", "prepend": SPACE_MARK}
+    # Tokens to match go through the normalizer too, and must come out as they are; so a text that
     # is nothing but one of them gets no space, unlike in sentencepiece.
     alone = "|".join(re.escape(text) for text in sorted(defined, key=len, reverse=True))
-    return _replace({"Regex": rf"\A(?=[\s\S])(?!(?:{alone})\z)"}, mark)
+    return _replace({"Regex": rf"\A(?=[\s\S])(?!(?:{alone})\z)"}, SPACE_MARK)
 
 
-def _pre_tokenizers(model: SentencePieceModel, is_first_only: bool) -> list[dict[str, Any]]:
+def _pre_tokenizers(model: SentencePieceModel, has_first_prefix_only: bool) -> list[dict[str, Any]]:
     steps: list[dict[str, Any]] = []
-    if model.add_dummy_prefix and is_first_only:
+    if model.add_dummy_prefix and has_first_prefix_only:
         steps.append(
             {
                 "type": "Metaspace",
@@ -237,11 +305,11 @@ def _pre_tokenizers(model: SentencePieceModel, is_first_only: bool) -> list[dict
     return steps
 
 
-def space_decoders(*, strips: bool, escapes: bool = True) -> list[dict[str, Any]]:
-    """Return the steps that make text of pieces; `strips`: a space before it is no part of it."""
+def _decoders(model: SentencePieceModel) -> list[dict[str, Any]]:
+    strips = model.add_dummy_prefix or model.remove_extra_whitespaces
     strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
     return [
-        *([_replace({"String": SPACE_MARK}, " ")] if escapes else []),
+        _replace({"String": SPACE_MARK}, " "),
         {"type": "ByteFallback"},
         {"type": "Fuse"},
         *([strip] if strips else []),
