@@ -140,7 +140,7 @@ def describe_workload(workload: Workload) -> str:
 def compile_library(options: argparse.Namespace, directory: Path) -> Path:
     """Compile the model into an empty directory and return that of its objects."""
     from mlc_llm.compiler.compile import CompileOptions, compile_model
-    from mlc_llm.prepare.resolve import read_compile_config
+    from mlc_llm.prepare.original import read_compile_config
 
     path = directory / "config.json"
     path.write_text(config_path(options.model).read_text(encoding="utf-8"), encoding="utf-8")

@@ -111,7 +111,8 @@ def load_subject(
 def _write_config(path: Path, quantization: str | None, work: Path) -> Path:
     """Write the chat configuration for a `config.json` (or its directory) to an empty directory."""
     from mlc_llm.artifact import read_json_object, write_atomically, write_chat_config
-    from mlc_llm.prepare.resolve import DEFAULT_QUANTIZATION, read_compile_config
+    from mlc_llm.prepare.original import read_compile_config
+    from mlc_llm.prepare.resolve import DEFAULT_QUANTIZATION
 
     content = read_json_object(path / "config.json" if path.is_dir() else path)
     write_atomically(work / "config.json", json.dumps(content))

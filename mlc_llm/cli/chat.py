@@ -31,6 +31,7 @@ from mlc_llm.cli.open_model import (
 from mlc_llm.cli.options import (
     CHAT_OVERRIDES,
     DeviceOption,
+    LoraAdapterOption,
     parse_overrides,
     read_caches,
     require_text,
@@ -53,6 +54,7 @@ def chat(
     model_lib: ModelLibOption = None,
     overrides: OverridesOption = "",
     quantization: SourceQuantizationOption = None,
+    lora_adapter: LoraAdapterOption = None,
     opt: OptOption = None,
     threads: ThreadsOption = None,
     prompt: Annotated[
@@ -98,6 +100,7 @@ def chat(
         session = _open_session(
             model,
             quantization,
+            lora_adapter,
             device=device,
             library=model_lib,
             opt=level,
@@ -136,6 +139,7 @@ def _read_question(prompt: str | None) -> str | None:
 def _open_session(
     model: str | None,
     quantization: str | None,
+    lora_adapter: Path | None,
     *,
     device: str,
     library: Path | None,
@@ -146,7 +150,7 @@ def _open_session(
     """Make what the model lacks and load it; `cleanup` closes it."""
     caches = read_caches()
     with show_progress() as progress:
-        artifact = find_artifact(model, quantization, caches, progress)
+        artifact = find_artifact(model, quantization, caches, progress, lora_adapter)
         if library is None:
             library = find_library(
                 artifact,

@@ -94,7 +94,7 @@ def compile_library(
 def _read_config(model: Path, quantization: str | None, model_type: str) -> ChatConfig:
     """Read the configuration of an artifact, or derive one from a Hugging Face model's."""
     from mlc_llm.artifact import CHAT_CONFIG_NAME, ChatConfig, read_json_object
-    from mlc_llm.prepare.resolve import read_compile_config
+    from mlc_llm.prepare.original import read_compile_config
 
     path = model / CHAT_CONFIG_NAME if model.is_dir() else model
     if path.name == CHAT_CONFIG_NAME and path.is_file():

@@ -9,6 +9,7 @@ import typer
 
 from mlc_llm.cli.options import (
     ConfigArgument,
+    LoraAdapterOption,
     ModelTypeOption,
     OutputOption,
     QuantizationOption,
@@ -28,8 +29,11 @@ def convert_weight(
     ] = "auto",
     source_format: Annotated[
         str,
-        typer.Option(metavar="NAME", help="auto, huggingface-safetensor or gguf."),
+        typer.Option(
+            metavar="NAME", help="auto, huggingface-safetensor, huggingface-torch, awq or gguf."
+        ),
     ] = "auto",
+    lora_adapter: LoraAdapterOption = None,
     device: Annotated[
         str, typer.Option(metavar="NAME", help="auto or cpu: weights are converted on the CPU.")
     ] = "auto",
@@ -47,6 +51,7 @@ def convert_weight(
             model_type=model_type,
             source=None if source == "auto" else Path(source),
             source_format=source_format,
+            lora_adapter=lora_adapter,
             progress=progress,
         )
     say(

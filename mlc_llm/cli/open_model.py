@@ -92,7 +92,11 @@ def use_threads(count: int | None) -> None:
 
 
 def find_artifact(
-    model: str | None, quantization: str | None, caches: Caches, progress: Progress
+    model: str | None,
+    quantization: str | None,
+    caches: Caches,
+    progress: Progress,
+    lora_adapter: Path | None = None,
 ) -> Path:
     """Return the artifact of a model, made first where there is none."""
     from mlc_llm.prepare.resolve import prepare_artifact
@@ -105,6 +109,7 @@ def find_artifact(
         jit_policy=caches.jit_policy,
         progress=progress,
         access=caches.hub,
+        lora_adapter=lora_adapter,
     )
 
 

@@ -38,6 +38,14 @@ OutputOption = Annotated[
 ModelTypeOption = Annotated[
     str, typer.Option(metavar="NAME", help="Model family; auto reads it from the configuration.")
 ]
+LoraAdapterOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--lora-adapter",
+        metavar="DIR",
+        help="Merge a LoRA adapter, as PEFT saves it, into a model that is not converted yet.",
+    ),
+]
 
 CHAT_OVERRIDES: Mapping[str, type] = {
     "context_window_size": int,

@@ -31,7 +31,13 @@ from mlc_llm.cli.open_model import (
     require_library,
     use_threads,
 )
-from mlc_llm.cli.options import DeviceOption, parse_overrides, read_caches, require_text
+from mlc_llm.cli.options import (
+    DeviceOption,
+    LoraAdapterOption,
+    parse_overrides,
+    read_caches,
+    require_text,
+)
 from mlc_llm.cli.progress import show_progress
 from mlc_llm.cli.terminal import say
 from mlc_llm.engine.config import SERVE_OVERRIDES, EngineConfig, apply_overrides, compile_overrides
@@ -58,6 +64,7 @@ def serve(
         ),
     ] = "local",
     quantization: SourceQuantizationOption = None,
+    lora_adapter: LoraAdapterOption = None,
     opt: OptOption = None,
     threads: ThreadsOption = None,
     model_id: Annotated[
@@ -192,7 +199,9 @@ def serve(
             "make it with mlc_llm compile"
         )
     use_threads(threads)
-    chosen = _Choice(model, model_lib, embedding_model, embedding_model_lib, quantization, level)
+    chosen = _Choice(
+        model, model_lib, embedding_model, embedding_model_lib, quantization, lora_adapter, level
+    )
     _serve(chosen, device, config, name, options, host, port, drain_timeout)
 
 
@@ -205,6 +214,7 @@ class _Choice:
     embedding_model: str | None
     embedding_library: Path | None
     quantization: str | None
+    lora_adapter: Path | None
     opt: str
 
 
@@ -325,9 +335,12 @@ def _open_models(
     with show_progress() as progress:
 
         def find(
-            model: str | None, library: Path | None, overrides_of: Callable[[Path], dict[str, Any]]
+            model: str | None,
+            library: Path | None,
+            overrides_of: Callable[[Path], dict[str, Any]],
+            lora_adapter: Path | None = None,
         ) -> tuple[Path, Path, dict[str, Any]]:
-            artifact = find_artifact(model, chosen.quantization, caches, progress)
+            artifact = find_artifact(model, chosen.quantization, caches, progress, lora_adapter)
             overrides = overrides_of(artifact)
             if library is None:
                 library = find_library(
@@ -361,6 +374,7 @@ def _open_models(
             chosen.model,
             chosen.library,
             lambda artifact: compile_overrides(config, read_chat_config(artifact)),
+            chosen.lora_adapter,
         )
         running = note_process("serve", chosen.model, caches, used)
         cleanup.callback(running.close)

@@ -20,35 +20,42 @@ from mlc_llm.errors import MlcError
 ORIGIN_NAME = ".origin.json"
 USERS_NAME = "users.json"
 _CONVERSION_VERSION = 2  # raised when artifacts converted before must be made again
-_SOURCE_SUFFIXES = (".json", ".jinja", ".safetensors", ".gguf", ".model", ".txt")
+_SOURCE_SUFFIXES = (".json", ".jinja", ".safetensors", ".bin", ".gguf", ".model", ".txt")
 
 
 @dataclass(frozen=True)
 class Origin:
     """What an artifact in the cache was converted from, and by which release.
 
-    files: name, size in bytes and time of change in nanoseconds of each file of the source.
+    files: name, size in bytes and time of change in nanoseconds of each file of the source, and of
+    the LoRA adapter, "" for none, that was merged into it.
     """
 
     source: str
     quantization: str
     release: list[Any]
     files: list[list[Any]]
+    adapter: str = ""
 
     @staticmethod
-    def of(source: Path, quantization: str) -> Origin:
+    def of(source: Path, quantization: str, adapter: Path | None = None) -> Origin:
         """Describe a source as it is now."""
-        return Origin(str(source.resolve()), quantization, _release(), _source_files(source))
+        files, name = _source_files(source), ""
+        if adapter is not None:
+            files, name = files + _source_files(adapter), str(adapter.resolve())
+        return Origin(str(source.resolve()), quantization, _release(), files, name)
 
     def is_current(self) -> bool:
         """Return whether the source is there, unchanged, and would be converted as it was."""
-        path = Path(self.source)
-        return self.release == _release() and path.exists() and self.files == _source_files(path)
+        paths = [Path(name) for name in (self.source, self.adapter) if name]
+        if self.release != _release() or not all(path.exists() for path in paths):
+            return False
+        return self.files == [entry for path in paths for entry in _source_files(path)]
 
 
-def conversion_key(source: Path, quantization: str) -> str:
+def conversion_key(source: Path, quantization: str, adapter: Path | None = None) -> str:
     """Return a hash that changes when files of the source do, or the way they are converted."""
-    origin = Origin.of(source, quantization)
+    origin = Origin.of(source, quantization, adapter)
     return hashlib.sha256(json.dumps(dataclasses.astuple(origin)).encode()).hexdigest()
 
 

@@ -7,10 +7,8 @@ how to download, read weights or quantize.
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,9 +17,7 @@ from mlc_llm.artifact import (
     CHAT_CONFIG_NAME,
     ChatConfig,
     read_chat_config,
-    read_json_object,
     read_tensor_index,
-    write_atomically,
 )
 from mlc_llm.errors import (
     DownloadError,
@@ -40,24 +36,22 @@ from mlc_llm.prepare.cache import (
     storage_errors,
 )
 from mlc_llm.prepare.demo import (
-    DEMO_FILE,
     DEMO_QUANTIZATION,
     DEMO_REPOSITORY,
-    DEMO_SAMPLING,
     find_demo_model,
 )
 from mlc_llm.prepare.download import HubAccess, fetch, is_repo, parse_repo
-from mlc_llm.prepare.layer_formats import find_layer_formats, read_layer_formats
+from mlc_llm.prepare.layer_formats import find_layer_formats, has_codes, read_layer_formats
 from mlc_llm.prepare.origin import Origin, conversion_key, write_origin
+from mlc_llm.prepare.original import find_source, huggingface_form, read_model
 from mlc_llm.prepare.progress import Progress
-from mlc_llm.prepare.sentence_transformers import read_sentence_settings
 
 if TYPE_CHECKING:
-    from mlc_llm.models.base import Family
-    from mlc_llm.models.config import DecoderConfig
     from mlc_llm.weights.convert import ConvertSummary
 
 DEFAULT_QUANTIZATION = "q4f16_1"
+# The default for GGUF files whose weights are quantized: nothing is quantized twice.
+NATIVE_QUANTIZATION = "gguf"
 
 
 def prepare_artifact(
@@ -69,16 +63,20 @@ def prepare_artifact(
     jit_policy: CachePolicy,
     progress: Progress,
     access: HubAccess | None = None,
+    lora_adapter: Path | None = None,
 ) -> Path:
     """Return the directory of an artifact (configuration and weights) for a model.
 
     model: an artifact, a Hugging Face directory, a .gguf file, `HF://user/repo[@revision]`, or None
     for the demo model. quantization: for models that are not converted yet; None is the default.
-    download_policy is for what is fetched, jit_policy for what is made here.
+    download_policy is for what is fetched, jit_policy for what is made here. lora_adapter: a
+    directory that PEFT saved, merged into a model that is not converted yet.
     Raises OptionError, ModelError, DownloadError and StorageError.
     """
     if quantization is not None:
         _check_quantization(quantization)
+    if lora_adapter is not None:
+        _check_adapter(lora_adapter)
     access = access or HubAccess()
     if model is None:
         path = _demo_model(home, download_policy, progress, access)
@@ -91,14 +89,37 @@ def prepare_artifact(
     else:
         path, default = _local_model(model), DEFAULT_QUANTIZATION
     if (path / CHAT_CONFIG_NAME).is_file():
+        if lora_adapter is not None:
+            raise OptionError(
+                f"{path} is converted already, an adapter cannot be merged into it; "
+                "name the original model"
+            )
         return _checked_artifact(path, quantization)
-    return _converted(find_source(path), quantization or default, home, jit_policy, progress)
+    source = find_source(path)
+    if quantization is None:
+        is_native = lora_adapter is None and _keeps_codes(source, home)
+        quantization = NATIVE_QUANTIZATION if is_native else default
+    return _converted(source, quantization, lora_adapter, home, jit_policy, progress)
+
+
+def _keeps_codes(source: Path, home: CacheHome) -> bool:
+    """Return whether a model is a GGUF file whose codes can be kept as they are."""
+    if source.is_dir():
+        return False
+    # The headers of what is converted already need not be read; long vocabularies are in them.
+    return _is_artifact(_cached(source, NATIVE_QUANTIZATION, None, home)) or has_codes(source)
 
 
 def _check_quantization(name: str) -> None:
     from mlc_llm.quantization.schemes import get_scheme
 
     get_scheme(name)
+
+
+def _check_adapter(directory: Path) -> None:
+    from mlc_llm.weights.lora import read_adapter
+
+    read_adapter(directory)
 
 
 def _demo_model(
@@ -144,54 +165,20 @@ def _checked_artifact(directory: Path, quantization: str | None) -> Path:
     return directory
 
 
-def find_source(path: Path) -> Path:
-    """Return the Hugging Face directory or .gguf file a model is read from.
-
-    path: either of them, a `config.json`, or a directory with one .gguf file. Raises ModelNotFound,
-    and OptionError where there are several .gguf files to choose from.
-    """
-    if not path.exists():
-        raise ModelNotFound(f"{path} does not exist; check the path")
-    if path.is_file():
-        if path.suffix.lower() == ".gguf":
-            return path
-        if path.name == "config.json":
-            return path.parent
-        raise ModelNotFound(
-            f"{path} is not a model; give a directory, its config.json, or a .gguf file"
-        )
-    try:
-        names = sorted(child.name for child in path.iterdir())
-    except PermissionError as error:
-        raise ModelNotFound(f"{path} cannot be read ({error.strerror})") from None
-    ggufs = [name for name in names if name.lower().endswith(".gguf")]
-    has_config = "config.json" in names
-    if has_config and (not ggufs or any(name.endswith((".safetensors", ".bin")) for name in names)):
-        return path
-    if len(ggufs) == 1:
-        return path / ggufs[0]
-    if ggufs:
-        raise OptionError(f"{path} holds several models; name one of: {', '.join(ggufs)}")
-    if not names:
-        raise ModelNotFound(f"{path} is empty; there is no model in it")
-    shown = ", ".join(names[:8]) + (" ..." if len(names) > 8 else "")
-    raise ModelNotFound(
-        f"{path} is not a model: it has neither {CHAT_CONFIG_NAME}, nor config.json, nor a .gguf "
-        f"file; it holds {shown}"
-    )
-
-
 def _converted(
-    source: Path, quantization: str, home: CacheHome, policy: CachePolicy, progress: Progress
+    source: Path,
+    quantization: str,
+    adapter: Path | None,
+    home: CacheHome,
+    policy: CachePolicy,
+    progress: Progress,
 ) -> Path:
     """Return the artifact converted from a source, from the cache or made now."""
     if policy is CachePolicy.OFF:
         directory = make_temporary_directory()
-        _convert_model(source, directory, quantization, progress)
+        _convert_model(source, directory, quantization, adapter, progress)
         return directory
-    label = source.name if source.is_dir() else source.stem
-    name = readable_name(f"{label}-{quantization}", conversion_key(source, quantization))
-    target = home.local_directory / name
+    target = _cached(source, quantization, adapter, home)
     if policy.reads and _is_artifact(target):
         return target
     if policy is CachePolicy.READONLY:
@@ -208,12 +195,21 @@ def _converted(
             if policy is CachePolicy.REDO and work.exists():
                 shutil.rmtree(work)
             work.mkdir(exist_ok=True)
-        origin = Origin.of(source, quantization)
-        _convert_model(source, work, quantization, progress)
+        origin = Origin.of(source, quantization, adapter)
+        _convert_model(source, work, quantization, adapter, progress)
         with storage_errors(work):
             write_origin(work, origin)
         publish(work, target)
     return target
+
+
+def _cached(source: Path, quantization: str, adapter: Path | None, home: CacheHome) -> Path:
+    """Return where the cache has, or would have, what a source is converted to."""
+    label = source.name if source.is_dir() else source.stem
+    if adapter is not None:
+        label += f"-{adapter.resolve().name}"
+    key = conversion_key(source, quantization, adapter)
+    return home.local_directory / readable_name(f"{label}-{quantization}", key)
 
 
 def _is_artifact(directory: Path) -> bool:
@@ -227,9 +223,13 @@ def _is_artifact(directory: Path) -> bool:
     return True
 
 
-def _convert_model(source: Path, output: Path, quantization: str, progress: Progress) -> None:
+def _convert_model(
+    source: Path, output: Path, quantization: str, adapter: Path | None, progress: Progress
+) -> None:
     write_chat_config_for(source, output, quantization=quantization)
-    convert_weights(source, output, quantization=quantization, progress=progress)
+    convert_weights(
+        source, output, quantization=quantization, lora_adapter=adapter, progress=progress
+    )
 
 
 def convert_weights(
@@ -240,11 +240,13 @@ def convert_weights(
     model_type: str = "auto",
     source: Path | None = None,
     source_format: str = "auto",
+    lora_adapter: Path | None = None,
     progress: Progress,
 ) -> ConvertSummary:
     """Quantize the weights of a model into `output`; a conversion that broke off is resumed.
 
     config_path: see `find_source`; source: where the weights are, beside the configuration if None.
+    lora_adapter: a directory that PEFT saved, merged into the weights first.
     Raises OptionError, ModelError and StorageError.
     """
     from mlc_llm.quantization.apply import plan_parameters
@@ -256,7 +258,12 @@ def convert_weights(
     scheme = get_scheme(quantization)
     origin = find_source(config_path)
     family, config = read_model(config_path, model_type)
-    with contextlib.closing(open_source(source or origin, source_format)) as opened:
+    if lora_adapter is not None and scheme.kind in ("gguf", "awq"):
+        raise OptionError(
+            f"{quantization} keeps the integers of the checkpoint, which an adapter changes; "
+            "choose another quantization, such as q8f16_1"
+        )
+    with contextlib.closing(open_source(source or origin, source_format, lora_adapter)) as opened:
         formats = find_layer_formats(opened, family, config, quantization)
         plan = plan_parameters(family, config, scheme, formats)
         wanted = (name for item in plan for name in item.rule.sources)
@@ -308,7 +315,7 @@ def write_chat_config_for(
 
     _check_quantization(quantization)
     family, config = read_model(config_path, model_type)
-    with _huggingface_form(find_source(config_path)) as directory, storage_errors(output):
+    with huggingface_form(find_source(config_path)) as directory, storage_errors(output):
         output.mkdir(parents=True, exist_ok=True)
         return generate_chat_config(
             directory,
@@ -321,71 +328,3 @@ def write_chat_config_for(
                 find_source(config_path), family, config, quantization
             ),
         )
-
-
-@contextlib.contextmanager
-def _huggingface_form(source: Path) -> Iterator[Path]:
-    """Yield a directory with config and tokenizer as Hugging Face has them."""
-    if source.is_dir():
-        yield source
-        return
-    from mlc_llm.prepare.gguf_tokenizer import write_tokenizer
-    from mlc_llm.weights.open import open_source
-
-    with tempfile.TemporaryDirectory(prefix="mlc_llm-") as name:
-        directory = Path(name)
-        with contextlib.closing(open_source(source)) as weights:
-            config = json.dumps(weights.config)
-        write_atomically(directory / "config.json", config)
-        write_tokenizer(source, directory)
-        if source.name == DEMO_FILE:
-            path = directory / "generation_config.json"
-            write_atomically(path, json.dumps({**read_json_object(path), **DEMO_SAMPLING}))
-        yield directory
-
-
-def read_model(config_path: Path, model_type: str = "auto") -> tuple[Family, DecoderConfig]:
-    """Read the family and configuration of a model that is not converted; see `find_source`.
-
-    Raises OptionError and ModelError.
-    """
-    from mlc_llm.models.registry import find_family
-    from mlc_llm.weights.open import open_source
-
-    origin = find_source(config_path)
-    settings = None
-    if origin.is_dir():
-        config = read_json_object(origin / "config.json")
-        settings = read_sentence_settings(origin)
-    else:
-        with contextlib.closing(open_source(origin)) as weights:
-            config = weights.config
-    family = find_family(config, model_type, "chat" if settings is None else "embedding")
-    model_config = family.config_from_huggingface(config)
-    max_len = None if settings is None else settings.max_len
-    if max_len is not None and max_len < model_config.context_window_size:
-        model_config = model_config.with_overrides({"context_window_size": max_len})
-    return family, model_config
-
-
-def read_compile_config(
-    config_path: Path, *, quantization: str, model_type: str = "auto"
-) -> ChatConfig:
-    """Return what the compiler must know of a model that is not converted; see `find_source`.
-
-    Raises OptionError and ModelError.
-    """
-    _check_quantization(quantization)
-    family, config = read_model(config_path, model_type)
-    return ChatConfig(
-        model_type=family.name,
-        quantization=quantization,
-        model_config=config.to_json(),
-        vocab_size=config.vocab_size,
-        context_window_size=config.context_window_size,
-        prefill_chunk_size=config.prefill_chunk_size,
-        conv_template={},
-        layer_formats=read_layer_formats(find_source(config_path), family, config, quantization),
-        sliding_window_size=config.sliding_window_size,
-        attention_sink_size=config.attention_sink_size,
-    )

@@ -19,10 +19,13 @@ _CONTAINERS = {
 }
 
 
-def open_source(path: Path, source_format: str = "auto") -> WeightSource:
+def open_source(
+    path: Path, source_format: str = "auto", lora_adapter: Path | None = None
+) -> WeightSource:
     """Open a Hugging Face directory, a `.gguf` file, or a directory that holds one model in GGUF.
 
     Quantized Hugging Face checkpoints look like plain ones, and are decoded tensor by tensor.
+    lora_adapter: the directory of an adapter that is merged into the weights as they are read.
     Raises OptionError for an unknown format, ModelNotFound where there is no model,
     UnsupportedModel for formats we do not read, CorruptFile for damaged files.
     """
@@ -34,9 +37,14 @@ def open_source(path: Path, source_format: str = "auto") -> WeightSource:
     if not path.exists():
         raise ModelNotFound(f"{path} does not exist; give {_FORMATS_IN_WORDS}")
     try:
-        return _open(path, source_format)
+        source = _open(path, source_format)
     except OSError as error:
         raise ModelNotFound(f"{path} cannot be read: {error}") from error
+    if lora_adapter is None:
+        return source
+    from mlc_llm.weights.lora import LoraSource, read_adapter
+
+    return LoraSource(source, read_adapter(lora_adapter))
 
 
 def _open(path: Path, source_format: str) -> WeightSource:

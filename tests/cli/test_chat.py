@@ -61,6 +61,11 @@ def chat(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Chat:
     return Chat(monkeypatch, tmp_path)
 
 
+def test_an_adapter_is_passed_on(chat: Chat) -> None:
+    assert chat.run("model", "--prompt", "Hi", "--lora-adapter", "adapter") == 0
+    assert chat.calls["artifact"]["lora_adapter"] == Path("adapter")
+
+
 def test_a_prompt_is_answered_once_on_stdout(
     chat: Chat, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -54,7 +54,7 @@ def test_the_configuration_is_written_with_the_limits_given(  # type: ignore[no-
         ("convert_weight {m} --quantization q0f32 -o {o} --device cuda", 2, "--device cuda"),
         ("convert_weight {m} --quantization q0f32 -o {o} --source {m}/no", 1, "does not exist"),
         ("convert_weight {m} --quantization q0f32 -o {o} --source-format zip", 2, "zip"),
-        ("convert_weight {m} --quantization q0f32 -o {o} --model-type bert", 2, "bert"),
+        ("convert_weight {m} --quantization q0f32 -o {o} --model-type mamba", 2, "mamba"),
         ("compile {m} -o {o}/lib.so", 2, "--quantization NAME must be given"),
         ("compile {m} --quantization q0f32 -o {o}/lib.tar", 2, "lib.tar"),
         ("compile {m}/no --quantization q0f32 -o {o}/lib.so", 1, "does not exist"),
@@ -84,7 +84,8 @@ def test_sources_and_formats_are_passed_on(monkeypatch, tmp_path: Path) -> None:
 
     monkeypatch.setattr(mlc_llm.prepare.resolve, "convert_weights", convert_weights)
     command = "convert_weight conf --quantization q0f32 -o out --source src --source-format gguf"
-    assert main([*command.split(), "--model-type", "qwen2", "--device", "cpu"]) == 1
+    command += " --model-type qwen2 --device cpu --lora-adapter adapter"
+    assert main(command.split()) == 1
     del seen["progress"]
     assert seen == {
         "config_path": Path("conf"),
@@ -93,6 +94,7 @@ def test_sources_and_formats_are_passed_on(monkeypatch, tmp_path: Path) -> None:
         "model_type": "qwen2",
         "source": Path("src"),
         "source_format": "gguf",
+        "lora_adapter": Path("adapter"),
     }
 
 

@@ -17,10 +17,10 @@ from mlc_llm.errors import OptionError, ParameterMismatch, UnsupportedModel
 from mlc_llm.prepare.cache import CacheHome, CachePolicy
 from mlc_llm.prepare.download import HubAccess
 from mlc_llm.prepare.jit import prepare_library
+from mlc_llm.prepare.original import read_compile_config
 from mlc_llm.prepare.resolve import (
     convert_weights,
     prepare_artifact,
-    read_compile_config,
     write_chat_config_for,
 )
 from mlc_llm.runtime.library import load_library
@@ -43,6 +43,50 @@ def prepare(model: Path | str, home: CacheHome, progress: RecordedProgress, hub:
         progress=progress,
         access=HubAccess(hub or None),
     )
+
+
+def test_an_adapter_is_merged_and_kept_apart(
+    raw_model: Path, tmp_path: Path, home: CacheHome, progress: RecordedProgress
+) -> None:
+    name = "model.layers.0.self_attn.o_proj"
+    weight = load_file(raw_model / "model.safetensors")[f"{name}.weight"].astype(np.float32)
+    rng = np.random.default_rng(2)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["o_proj"]}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    down = rng.standard_normal((2, weight.shape[1])).astype(np.float32)
+    up = rng.standard_normal((len(weight), 2)).astype(np.float32)
+    parts = {f"base_model.model.{name}.lora_A.weight": down}
+    parts[f"base_model.model.{name}.lora_B.weight"] = up
+    save_file(parts, adapter / "adapter_model.safetensors")
+
+    def prepare_with(lora_adapter: Path | None, **changes: str) -> Path:
+        return prepare_artifact(
+            **{"model": str(raw_model), "quantization": "q0f32", **changes},
+            home=home,
+            download_policy=CachePolicy.ON,
+            jit_policy=CachePolicy.ON,
+            progress=progress,
+            lora_adapter=lora_adapter,
+        )
+
+    merged, plain = prepare_with(adapter), prepare_with(None)
+    assert merged != plain and "adapter" in merged.name
+    found = read_tensor_index(merged).read(f"{name}.weight")
+    np.testing.assert_allclose(found, weight + 2 * up @ down, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(read_tensor_index(plain).read(f"{name}.weight"), weight)
+    assert prepare_with(adapter) == merged
+    config["lora_alpha"] = 8
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    again = prepare_with(adapter)
+    assert again != merged
+    found = read_tensor_index(again).read(f"{name}.weight")
+    np.testing.assert_allclose(found, weight + 4 * up @ down, rtol=1e-5, atol=1e-5)
+    with pytest.raises(OptionError, match="converted already, an adapter cannot be merged"):
+        prepare_with(adapter, model=str(plain))
+    with pytest.raises(OptionError, match="autoawq keeps the integers of the checkpoint"):
+        prepare_with(adapter, quantization="q4f16_autoawq")
 
 
 def test_directory_becomes_artifact_and_library(

@@ -32,7 +32,14 @@ class FakeConversion:
         self.calls: list[tuple[Path, str]] = []
         self.error: BaseException | None = None
 
-    def __call__(self, source: Path, output: Path, quantization: str, progress: object) -> None:
+    def __call__(
+        self,
+        source: Path,
+        output: Path,
+        quantization: str,
+        adapter: Path | None,
+        progress: object,
+    ) -> None:
         self.calls.append((source, quantization))
         if self.error is not None:
             (output / "mlc-chat-config.json").write_text("{}")
