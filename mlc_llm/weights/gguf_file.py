@@ -6,6 +6,7 @@ damaged file costs an error and nothing else. Does not know what the metadata or
 
 from __future__ import annotations
 
+import dataclasses
 import mmap
 import os
 import re
@@ -55,6 +56,20 @@ class GGUFTensor:
     offset: int
     size_bytes: int
 
+    def split(self) -> list[GGUFTensor]:
+        """Return the parts of a stacked tensor, which lie one after another."""
+        count = self.shape[0]
+        part_bytes = self.size_bytes // count
+        return [
+            dataclasses.replace(
+                self,
+                shape=self.shape[1:],
+                offset=self.offset + number * part_bytes,
+                size_bytes=part_bytes,
+            )
+            for number in range(count)
+        ]
+
 
 class GGUFFile:
     """Metadata and tensors by name. For a split file, name any part."""
@@ -93,8 +108,11 @@ class GGUFFile:
         """
         if name not in self.tensors:
             raise ParameterMismatch(f"{self.path} has no tensor {name}")
-        tensor = self.tensors[name]
-        raw = self.read_bytes(name)
+        return self.read_tensor(self.tensors[name])
+
+    def read_tensor(self, tensor: GGUFTensor) -> NDArray[Any]:
+        """Return a tensor of `tensors`, or a part of one, see `read`."""
+        raw = self.map_tensor(tensor)
         if tensor.type.name in _PLAIN:
             plain: NDArray[Any] = raw.view(_PLAIN[tensor.type.name])
             return plain.reshape(tensor.shape)
@@ -102,9 +120,8 @@ class GGUFFile:
             return raw.view(np.float64).astype(np.float32).reshape(tensor.shape)
         return _dequantize(raw, tensor)
 
-    def read_bytes(self, name: str) -> NDArray[np.uint8]:
+    def map_tensor(self, tensor: GGUFTensor) -> NDArray[np.uint8]:
         """Map the bytes of a tensor, read-only. Raises CorruptFile."""
-        tensor = self.tensors[name]
         try:
             return np.memmap(tensor.path, np.uint8, "r", tensor.offset, (tensor.size_bytes,))
         except (OSError, ValueError) as error:

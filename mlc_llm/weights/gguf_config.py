@@ -1,0 +1,220 @@
+"""`config.json` of the model a GGUF file was made of, rebuilt from its metadata.
+
+Knows what decoders have in common; what one architecture has is data of gguf_architectures.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from mlc_llm.errors import CorruptFile, ParameterMismatch, UnsupportedModel
+from mlc_llm.weights.gguf_architectures import ARCHITECTURES, MIXTRAL, Architecture
+from mlc_llm.weights.gguf_file import GGUFFile
+from mlc_llm.weights.gguf_rope import find_llama3_scaling
+
+_ROPE_FACTORS = "rope_freqs.weight"
+_LONG_FACTORS, _SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.weight"
+MAX_EXPERTS = 4096
+# Layers of the models whose attention is scaled by hidden size / heads, not by the size of a head.
+_GEMMA_27B_LAYERS = {"gemma2": 46, "gemma3_text": 62}
+
+
+def find_architecture(file: GGUFFile) -> tuple[str, Architecture]:
+    """Return an architecture's name in GGUF and what it is. Raises CorruptFile, UnsupportedModel"""
+    name = file.get("general.architecture", str)
+    if name is None:
+        raise CorruptFile(f"{file.path} does not say its architecture; is it a model?")
+    if name not in ARCHITECTURES:
+        raise UnsupportedModel(
+            f"{file.path} has architecture {name!r:.60}; GGUF works for {', '.join(ARCHITECTURES)}"
+        )
+    if name == "llama" and file.get("llama.expert_count", int, 0):
+        return name, MIXTRAL
+    return name, ARCHITECTURES[name]
+
+
+def build_config(file: GGUFFile, name: str, architecture: Architecture) -> dict[str, Any]:
+    """Return what `config.json` of the original model says, as far as programs need it.
+
+    name: of the architecture in the metadata. Raises CorruptFile, ParameterMismatch and
+    UnsupportedModel.
+    """
+    reader = _MetadataReader(file, name)
+    embedding = file.tensors.get("token_embd.weight")
+    if embedding is None or len(embedding.shape) != 2:
+        raise ParameterMismatch(f"{file.path} has no embedding table (token_embd.weight)")
+    hidden_size = reader.count("embedding_length")
+    num_heads = reader.count("attention.head_count")
+    head_dim = reader.count("attention.key_length", hidden_size // num_heads)
+    if head_dim == 0 or head_dim % 2:
+        raise CorruptFile(f"{file.path}: {num_heads} heads of {head_dim} values make no model")
+    reader.refuse_unless("attention.value_length", head_dim, "value heads of another size")
+    has_experts = any("{expert}" in stored for stored in architecture.tensors.values())
+    if not has_experts:
+        reader.refuse_unless("expert_count", 0, "experts")
+    elif not 0 < reader.count("expert_count") <= MAX_EXPERTS:
+        raise CorruptFile(f"{file.path} claims {reader.count('expert_count'):,} experts")
+    model_type = architecture.model_type
+    common: dict[str, Any] = {
+        "hidden_act": "silu",
+        "hidden_size": hidden_size,
+        "intermediate_size": reader.count("feed_forward_length"),
+        "max_position_embeddings": reader.count("context_length"),
+        "num_attention_heads": num_heads,
+        "num_hidden_layers": reader.count("block_count"),
+        "num_key_value_heads": reader.count("attention.head_count_kv", num_heads),
+        "rope_theta": reader.real("rope.freq_base", 10000.0),
+        "rope_scaling": None,
+        "attention_bias": "blk.0.attn_q.bias" in file.tensors,
+        "mlp_bias": "blk.0.ffn_up.bias" in file.tensors,
+    }
+    if architecture.fields.get("rms_norm_eps", "") is not None:
+        common["rms_norm_eps"] = reader.real("attention.layer_norm_rms_epsilon")
+    config: dict[str, Any] = {
+        "architectures": [architecture.class_name],
+        "model_type": model_type,
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+        "vocab_size": embedding.shape[0],
+        "torch_dtype": {"F32": "float32", "BF16": "bfloat16"}.get(embedding.type.name, "float16"),
+    }
+    for field, value in common.items():
+        called = architecture.fields.get(field, field)
+        if called is not None:
+            config[called] = value
+    config |= architecture.constants
+    for field, (key, kind, default) in architecture.numbers.items():
+        config[field] = reader.number(key, kind, default)
+    if head_dim * num_heads != hidden_size or model_type.startswith(("gemma", "qwen3")):
+        config["head_dim"] = head_dim
+    rotary = reader.count("rope.dimension_count", head_dim)
+    if architecture.has_partial_rotary:
+        config["partial_rotary_factor"] = rotary / head_dim
+    elif "rope_theta" in config:
+        reader.refuse_unless("rope.dimension_count", head_dim, "partial rotary embedding")
+    if "rope_theta" in config:
+        config["rope_scaling"] = _rope_scaling(file, reader, config, rotary)
+    _add_sliding_window(reader, architecture, config)
+    _add_special_cases(file, config, head_dim)
+    for key in ("bos", "eos"):
+        token_id = file.get(f"tokenizer.ggml.{key}_token_id", int)
+        if token_id is not None:
+            config[f"{key}_token_id"] = token_id
+    return config
+
+
+def _rope_scaling(
+    file: GGUFFile, reader: _MetadataReader, config: dict[str, Any], rotary: int
+) -> dict[str, Any] | None:
+    kind = reader.text("rope.scaling.type", "none")
+    factor = reader.real("rope.scaling.factor", reader.real("rope.scale_linear", 1.0))
+    if kind not in ("none", "linear", "longrope", "yarn"):
+        raise UnsupportedModel(
+            f"{file.path} scales RoPE by {kind!r:.40}; "
+            "none, linear, llama3, longrope and yarn are supported"
+        )
+    if _ROPE_FACTORS in file.tensors:
+        factors = file.read(_ROPE_FACTORS).astype(np.float64).ravel()
+        return find_llama3_scaling(factors, config["rope_theta"], rotary, str(file.path))
+    if _LONG_FACTORS in file.tensors and _SHORT_FACTORS in file.tensors:
+        scaling: dict[str, Any] = {"rope_type": "longrope", "type": "longrope"}
+        for field, name in (("long_factor", _LONG_FACTORS), ("short_factor", _SHORT_FACTORS)):
+            values = file.read(name).astype(np.float32).ravel()
+            if values.shape != (rotary // 2,) or not (np.isfinite(values) & (values > 0)).all():
+                raise CorruptFile(f"{file.path}: {name} is no table of {rotary // 2} factors")
+            # Stored as float32, see _MetadataReader.real.
+            scaling[field] = [float(str(value)) for value in values]
+        return scaling
+    if kind == "yarn":
+        original = reader.count("rope.scaling.original_context_length")
+        return {
+            "rope_type": "yarn",
+            "type": "yarn",
+            "factor": factor,
+            "original_max_position_embeddings": original,
+        }
+    if factor in (0.0, 1.0):
+        return None
+    return {"rope_type": "linear", "type": "linear", "factor": factor}
+
+
+def _add_sliding_window(
+    reader: _MetadataReader, architecture: Architecture, config: dict[str, Any]
+) -> None:
+    window = reader.count("attention.sliding_window", 0)
+    if not window or architecture.with_window:
+        return
+    if config["model_type"] != "llama":
+        raise UnsupportedModel(
+            f"{reader.path} has a sliding window of {window}, "
+            f"which {config['model_type']} models do not support"
+        )
+    # Mistral is stored as llama; the window is what tells them apart.
+    config.update(model_type="mistral", architectures=["MistralForCausalLM"], sliding_window=window)
+
+
+def _add_special_cases(file: GGUFFile, config: dict[str, Any], head_dim: int) -> None:
+    """Add what follows from other numbers, or from tensors that are there."""
+    model_type = config["model_type"]
+    if model_type in _GEMMA_27B_LAYERS:
+        is_27b = config["num_hidden_layers"] == _GEMMA_27B_LAYERS[model_type]
+        per_head = config["hidden_size"] // config["num_attention_heads"]
+        config["query_pre_attn_scalar"] = per_head if is_27b else head_dim
+    if model_type == "stablelm":
+        config["use_qkv_bias"] = "blk.0.attn_q.bias" in file.tensors
+    if model_type == "gpt_neox":
+        config["rotary_pct"] = config.pop("partial_rotary_factor")
+    if model_type == "phi3":
+        config["original_max_position_embeddings"] = (
+            config["original_max_position_embeddings"] or config["max_position_embeddings"]
+        )
+        config["sliding_window"] = config["sliding_window"] or None
+
+
+class _MetadataReader:
+    """Metadata of one architecture, with the checks every number needs."""
+
+    def __init__(self, file: GGUFFile, arch: str) -> None:
+        self.path, self._file, self._arch = file.path, file, arch
+
+    def number(self, key: str, kind: str, default: Any) -> Any:
+        if kind == "flag":
+            return self._file.get(f"{self._arch}.{key}", bool, default)
+        return self.count(key, default) if kind == "count" else self.real(key, default)
+
+    def count(self, key: str, default: int | None = None) -> int:
+        value = self._file.get(f"{self._arch}.{key}", (int, list), default)
+        if isinstance(value, list):
+            return self._same_in_all_layers(key, value)
+        if value is None or value < 0 or (value == 0 and default is None):
+            raise CorruptFile(f"{self.path}: metadata {self._arch}.{key} is {value}")
+        return int(value)
+
+    def real(self, key: str, default: float | None = None) -> float:
+        value = self._file.get(f"{self._arch}.{key}", (float, int), default)
+        if value is None or not 0 <= value < 1e30:
+            raise CorruptFile(f"{self.path}: metadata {self._arch}.{key} is {value}")
+        # Stored as float32: the shortest decimal number that means the same is what was meant.
+        return float(str(np.float32(value)))
+
+    def text(self, key: str, default: str) -> str:
+        return str(self._file.get(f"{self._arch}.{key}", str, default))
+
+    def refuse_unless(self, key: str, expected: int, feature: str) -> None:
+        found = self.count(key, expected)
+        if found != expected:
+            raise UnsupportedModel(
+                f"{self.path} has {feature} ({self._arch}.{key} is {found}), which is not supported"
+            )
+
+    def _same_in_all_layers(self, key: str, values: list[Any]) -> int:
+        # Values may be lists themselves, or of kinds that cannot be compared.
+        if not values or values.count(values[0]) != len(values) or type(values[0]) is not int:
+            raise UnsupportedModel(
+                f"{self.path}: {self._arch}.{key} differs from layer to layer, "
+                "which is not supported"
+            )
+        if values[0] <= 0:
+            raise CorruptFile(f"{self.path}: metadata {self._arch}.{key} is {values[0]}")
+        return int(values[0])
