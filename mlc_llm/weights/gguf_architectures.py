@@ -302,5 +302,7 @@ MIXTRAL = Architecture(
     numbers={
         "num_local_experts": ("expert_count", "count", None),
         "num_experts_per_tok": ("expert_used_count", "count", None),
+        "sliding_window": ("attention.sliding_window", "count", 0),
     },
+    with_window=True,
 )

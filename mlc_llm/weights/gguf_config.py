@@ -67,7 +67,7 @@ def build_config(file: GGUFFile, name: str, architecture: Architecture) -> dict[
         "num_key_value_heads": reader.count("attention.head_count_kv", num_heads),
         "rope_theta": reader.real("rope.freq_base", 10000.0),
         "rope_scaling": None,
-        "attention_bias": "blk.0.attn_q.bias" in file.tensors,
+        "attention_bias": any(f"blk.0.attn_{q}.bias" in file.tensors for q in ("q", "qkv")),
         "mlp_bias": "blk.0.ffn_up.bias" in file.tensors,
     }
     if architecture.fields.get("rms_norm_eps", "") is not None:
@@ -169,7 +169,8 @@ def _add_special_cases(file: GGUFFile, config: dict[str, Any], head_dim: int) ->
         config["original_max_position_embeddings"] = (
             config["original_max_position_embeddings"] or config["max_position_embeddings"]
         )
-        config["sliding_window"] = config["sliding_window"] or None
+    if config.get("sliding_window") == 0:
+        config["sliding_window"] = None
 
 
 class _MetadataReader:

@@ -1,0 +1,192 @@
+"""Every reference checkpoint written as GGUF, as llama.cpp's converter does, is the same model."""
+
+import re
+
+import gguf
+import numpy as np
+import pytest
+from make_gguf import interleave_halves, write_gguf
+from reference_cases import read_cases
+
+from mlc_llm.models.registry import find_family
+from mlc_llm.quantization.apply import plan_parameters
+from mlc_llm.quantization.schemes import get_scheme
+from mlc_llm.weights.convert import convert
+from mlc_llm.weights.gguf_architectures import ARCHITECTURES, MIXTRAL
+from mlc_llm.weights.open import open_source
+
+# Mistral and Mixtral are stored as llama.
+_ARCH_OF = {architecture.class_name: name for name, architecture in ARCHITECTURES.items()}
+_ARCH_OF |= {"MistralForCausalLM": "llama", "MixtralForCausalLM": "llama"}
+
+
+_MODEL_TYPES = {architecture.model_type for architecture in ARCHITECTURES.values()}
+_MODEL_TYPES |= {"mistral", "mixtral"}
+# GGUF cannot say which layers have no experts. Of llama3 scaling it has the divisors, and these
+# models too few of them to tell what made them.
+_NOT_IN_GGUF = ("qwen2_moe", "llama_rope_llama3", "llama_rope_llama3_tied_old_config")
+
+CASES = [
+    case
+    for case in read_cases()
+    if case.model_type in _MODEL_TYPES and case.name not in _NOT_IN_GGUF
+]
+
+
+def architecture_of(config):
+    if config["architectures"] == ["MixtralForCausalLM"]:
+        return MIXTRAL
+    return ARCHITECTURES[_ARCH_OF[config["architectures"][0]]]
+
+
+def first(config, *names):
+    return next((config[name] for name in names if config.get(name) is not None), None)
+
+
+def metadata_of(config, architecture):
+    """Return the metadata of a configuration, under keys without the architecture."""
+    heads = first(config, "num_attention_heads", "n_head")
+    hidden = first(config, "hidden_size", "n_embd")
+    head_dim = config.get("head_dim") or hidden // heads
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    scaling = config.get("rope_scaling") or {}
+    partial = first(config | rope, "partial_rotary_factor", "rotary_pct")
+    values = {
+        "block_count": first(config, "num_hidden_layers", "n_layer"),
+        "context_length": first(config, "max_position_embeddings", "n_positions"),
+        "embedding_length": hidden,
+        "feed_forward_length": first(config, "intermediate_size", "n_inner") or 4 * hidden,
+        "attention.head_count": heads,
+        "attention.head_count_kv": config.get("num_key_value_heads") or heads,
+        "attention.key_length": head_dim,
+        "attention.value_length": head_dim,
+        "attention.layer_norm_rms_epsilon": config.get("rms_norm_eps"),
+        "attention.sliding_window": (
+            config.get("sliding_window") if config.get("use_sliding_window", True) else None
+        ),
+        "rope.freq_base": first(config | rope, "rope_theta", "rotary_emb_base"),
+    }
+    if partial is not None:
+        values["rope.dimension_count"] = int(head_dim * partial)
+    if first(scaling | rope, "rope_type", "type") == "linear":
+        values["rope.scaling.type"] = "linear"
+        values["rope.scaling.factor"] = first(scaling | rope, "factor")
+    for field, (key, _, default) in architecture.numbers.items():
+        # transformers 5 has another name for one of them.
+        found = first(config | rope, field, field.replace("num_experts", "num_local_experts"))
+        values[key] = default if found is None else found
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def gguf_name_of(name, architecture):
+    """Return the GGUF name of a tensor, and the number of its expert."""
+    stem, _, kind = name.rpartition(".")
+    numbers = re.findall(r"\.(\d+)\.", stem)
+    for gguf_name, other in architecture.tensors.items():
+        pattern = re.escape(other).replace(r"\{layer\}", r"\d+").replace(r"\{expert\}", r"\d+")
+        if re.fullmatch(pattern, stem):
+            layer = gguf_name.replace("{layer}", numbers[0] if numbers else "")
+            return f"{layer}.{kind}", gguf_name, int(numbers[1]) if "{expert}" in other else None
+    raise AssertionError(f"{name} has no place in GGUF")
+
+
+def as_stored(tensor, change, metadata):
+    heads, kv_heads = metadata["attention.head_count"], metadata["attention.head_count_kv"]
+    match change:
+        case "q_halves":
+            return interleave_halves(tensor, heads)
+        case "k_halves":
+            return interleave_halves(tensor, kv_heads)
+        case "plus_one":
+            return tensor + np.float32(1)
+        case "transposed" if tensor.ndim == 2:
+            return np.ascontiguousarray(tensor.T)
+        case "flat":
+            return tensor[0]
+        case "qkv_groups":
+            size = len(tensor) // heads // 3
+            rows = [
+                row + part * size + head * 3 * size
+                for part in range(3)
+                for head in range(heads)
+                for row in range(size)
+            ]
+            return tensor[rows]
+    return tensor
+
+
+def write_case(path, source):
+    config = source.config
+    architecture = architecture_of(config)
+    metadata = metadata_of(config, architecture)
+    tensors, stacks = {}, {}
+    for name in source.names():
+        if config.get("tie_word_embeddings") and name == "lm_head.weight":
+            continue
+        tensor = np.asarray(source.read(name)).astype(np.float32)
+        stored, pattern, expert = gguf_name_of(name, architecture)
+        tensor = as_stored(tensor, architecture.changes.get(pattern), metadata)
+        if expert is None:
+            tensors[stored] = tensor
+        else:
+            stacks.setdefault(stored, {})[expert] = tensor
+    for name, parts in stacks.items():
+        tensors[name] = np.stack([parts[expert] for expert in range(len(parts))])
+    arch = _ARCH_OF[config["architectures"][0]]
+    remove = ("attention.layer_norm_rms_epsilon", "rope.freq_base")
+    remove = tuple(key for key in remove if key not in metadata)
+    return write_gguf(path, tensors, arch=arch, metadata=metadata, remove=remove)
+
+
+def converted(source, output):
+    family = find_family(source.config)
+    config = family.config_from_huggingface(source.config)
+    plan = plan_parameters(family, config, get_scheme("q0f32"))
+    convert(plan, source, output, lambda done, total, name: None)
+    files = sorted(path for path in output.iterdir() if path.suffix == ".bin")
+    return family, config, b"".join(path.read_bytes() for path in files)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_reference_as_gguf_is_the_same_model(tmp_path, case):
+    source = open_source(case.directory)
+    path = write_case(tmp_path / "model.gguf", source)
+    family, config, weights = converted(source, tmp_path / "original")
+    from_gguf = converted(open_source(path), tmp_path / "gguf")
+    assert from_gguf[0].build is family.build
+    found, expected = from_gguf[1].to_json(), config.to_json()
+    if found.get("max_window_layers") == 0:  # means nothing without a window
+        expected["max_window_layers"] = 0
+    scaling = scaling_of(expected.pop("rope_scaling", None))
+    assert scaling_of(found.pop("rope_scaling", None)) == pytest.approx(scaling)
+    assert found == expected
+    np.testing.assert_allclose(
+        np.frombuffer(from_gguf[2], np.float32),
+        np.frombuffer(weights, np.float32),
+        rtol=1e-6,
+        atol=1e-6,
+    )
+
+
+def scaling_of(scaling):
+    """Return what a scaling does, without the two names its kind has."""
+    scaling = {key: value for key, value in (scaling or {}).items() if key != "type"}
+    return {key: value for key, value in scaling.items() if not isinstance(value, str)}
+
+
+def test_keys_are_those_of_the_package():
+    keys = {
+        value.removeprefix("{arch}.")
+        for group in vars(gguf.Keys).values()
+        if isinstance(group, type)
+        for value in vars(group).values()
+        if isinstance(value, str)
+    }
+    for architecture in (*ARCHITECTURES.values(), MIXTRAL):
+        for key, _, _ in architecture.numbers.values():
+            assert key in keys, key
+
+
+def test_many_families_were_tried():
+    tried = {case.model_type for case in CASES}
+    assert {"llama", "mistral", "qwen2", "gpt2", "gpt_neox"} <= tried
