@@ -32,6 +32,7 @@ REFERENCES = Path(__file__).parent.parent / "tests" / "references"
 GREEDY_STEPS = 20
 # Far above float32 noise, so that a right implementation cannot pick another token.
 MIN_GREEDY_MARGIN = 0.03
+MIN_GREEDY_KINDS = 10  # among the 20 tokens, or repetition would hide mistakes
 NORM_STD = 0.3
 BIAS_STD = 0.3
 CHAT_TEMPLATE = (
@@ -80,6 +81,8 @@ def make_case(case: dict[str, Any]) -> dict[str, Any]:
         raise SystemExit(
             f"{case['name']}: greedy margin {margin:.4f} is too small, change the seed"
         )
+    if len(set(greedy_tokens.tolist())) < MIN_GREEDY_KINDS:
+        raise SystemExit(f"{case['name']}: greedy text repeats itself, change the seed")
     np.savez(
         directory / "reference.npz",
         token_ids=token_ids,
@@ -123,7 +126,7 @@ def random_tensor(case: dict[str, Any], name: str, shape: tuple[int, ...]) -> np
     """Return weights spread widely enough that a mistake anywhere shows in the logits."""
     generator = np.random.default_rng([case["seed"], zlib.crc32(name.encode())])
     values = generator.standard_normal(shape, np.float32)
-    if name.endswith("norm.weight"):
+    if name.endswith(("norm.weight", "ln_1.weight", "ln_2.weight", "ln_f.weight")):
         return 1 + NORM_STD * values
     return (BIAS_STD if name.endswith(".bias") else case["weight_std"]) * values
 

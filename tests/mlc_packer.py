@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import ml_dtypes
+import mlc_names_gpt
 import numpy as np
 from numpy.typing import NDArray
 from numpy_model import head_size, read_weights, rope_parameters
@@ -127,6 +128,9 @@ def pack_artifact(
 
 def fuse(config: Mapping[str, Any], weights: Mapping[str, Array]) -> Iterator[tuple[str, Array]]:
     """Yield parameters under MLC names: [q; k; v] and [gate; up] are one matrix each."""
+    if config["model_type"] in mlc_names_gpt.MODEL_TYPES:
+        yield from mlc_names_gpt.fuse(config, weights)
+        return
     qkv = "self_attn.c_attn" if config["model_type"] == "qwen2" else "self_attn.qkv_proj"
     fused = {
         qkv: ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
@@ -196,7 +200,8 @@ def make_chat_config(
     is_mistral = config["model_type"] == "mistral"
     window = config.get("sliding_window") or -1 if is_mistral else -1
     # A sliding window stands in place of a context window.
-    context = config["max_position_embeddings"] if window == -1 else -1
+    positions = config.get("max_position_embeddings") or config.get("n_positions")
+    context = positions if window == -1 else -1
     chunk = min(max(context, window), 8192)
     vocab = set(tokenizer["model"]["vocab"])
     vocab.update(token["content"] for token in tokenizer.get("added_tokens", ()))
@@ -233,6 +238,9 @@ def make_model_config(
     config: Mapping[str, Any], context: int, window: int, chunk: int
 ) -> dict[str, Any]:
     """Return the `model_config` object: the fields of MLC LLM's class of this architecture."""
+    if config["model_type"] in mlc_names_gpt.MODEL_TYPES:
+        limits = {"context_window_size": context, "prefill_chunk_size": chunk}
+        return {**mlc_names_gpt.model_config(config), **limits, "tensor_parallel_shards": 1}
     rope = rope_parameters(config)
     copied = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers")
     fields = {name: config[name] for name in (*copied, "rms_norm_eps", "vocab_size")}

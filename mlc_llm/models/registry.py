@@ -6,13 +6,24 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlc_llm.errors import OptionError, UnsupportedModel
-from mlc_llm.models import bert, llama, mistral, qwen2, qwen3
+from mlc_llm.models import (
+    bert,
+    gpt2,
+    gpt_bigcode,
+    gpt_neox,
+    gptj,
+    llama,
+    mistral,
+    phi,
+    qwen2,
+    qwen3,
+)
 from mlc_llm.models.base import Family
 
-_MODULES = (bert, llama, mistral, qwen2, qwen3)
+_MODULES = (bert, gpt2, gpt_bigcode, gpt_neox, gptj, llama, mistral, phi, qwen2, qwen3)
 FAMILIES: dict[str, Family] = {
     family.name: family
-    for family in (*(module.FAMILY for module in _MODULES), bert.BGE, qwen3.EMBEDDING)
+    for family in (*(module.FAMILY for module in _MODULES), bert.BGE, phi.MIXFORMER, qwen3.EMBEDDING)
 }
 
 

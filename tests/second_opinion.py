@@ -1,0 +1,20 @@
+"""Logits of every family by plain NumPy, which tests compare against; a module for each kind."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy_gpt
+import numpy_model
+from numpy.typing import NDArray
+
+
+def forward(
+    config: Mapping[str, Any], weights: Mapping[str, NDArray[Any]], token_ids: Sequence[int]
+) -> NDArray[np.float64]:
+    """Return logits (n, vocab) of one sequence; weights have Hugging Face names, any dtype."""
+    if config["model_type"] in numpy_gpt.MODEL_TYPES:
+        return numpy_gpt.forward(config, weights, token_ids)
+    return numpy_model.forward(config, weights, token_ids)
