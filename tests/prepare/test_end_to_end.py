@@ -244,7 +244,7 @@ def test_gguf_file_becomes_an_artifact(
         progress=progress,
     )
     config = read_chat_config(artifact)
-    assert (config.model_type, config.quantization) == ("llama", "q8f16_1")
+    assert (config.model_type, config.quantization) == ("llama", "gguf")
     assert (config.temperature, config.top_p) == (0.2, 0.9)
     assert {"tokenizer.json", "chat_template.jinja"} <= {path.name for path in artifact.iterdir()}
     assert "lm_head.q_weight" not in read_tensor_index(artifact).records

@@ -51,6 +51,8 @@ class FakeConversion:
 def conversion(monkeypatch: pytest.MonkeyPatch) -> FakeConversion:
     fake = FakeConversion()
     monkeypatch.setattr(resolve, "_convert_model", fake)
+    # GGUF files of these tests have no headers; that of the demo model stands for quantized ones.
+    monkeypatch.setattr(resolve, "has_codes", lambda source: source.name == DEMO_FILE)
     return fake
 
 
@@ -240,9 +242,20 @@ def test_no_model_means_the_demo_model(home: CacheHome, conversion: FakeConversi
     home.demo_directory.mkdir(parents=True)
     demo = home.demo_directory / DEMO_FILE
     demo.write_bytes(b"GGUF")
-    assert prepare(None, home).name.startswith("SmolLM2-135M-Instruct.Q4_1-q8f16_1-")
+    assert prepare(None, home).name.startswith("SmolLM2-135M-Instruct.Q4_1-gguf-")
     prepare(None, home, quantization="q0f32")
-    assert conversion.calls == [(demo, "q8f16_1"), (demo, "q0f32")]
+    assert conversion.calls == [(demo, "gguf"), (demo, "q0f32")]
+
+
+def test_headers_are_not_read_again_for_what_is_converted(
+    home: CacheHome, tmp_path: Path, conversion: FakeConversion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / DEMO_FILE
+    source.write_bytes(b"GGUF")
+    first = prepare(source, home)
+    monkeypatch.delattr(resolve, "has_codes")
+    assert prepare(source, home) == first
+    assert conversion.calls == [(source, "gguf")]
 
 
 def test_demo_model_comes_from_the_hub_where_its_file_is_missing(
