@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -62,10 +63,7 @@ class TensorSpec:
     @property
     def size_bytes(self) -> int:
         """Bytes the tensor takes in memory."""
-        count = 1
-        for extent in self.shape:
-            count *= extent
-        return count * numpy_dtype(self.dtype).itemsize
+        return math.prod(self.shape) * numpy_dtype(self.dtype).itemsize
 
     def __str__(self) -> str:
         return f"{self.name} {list(self.shape)} {self.dtype}"
@@ -120,10 +118,14 @@ class ChatConfig:
             raise UnsupportedModel(
                 f"{where} has version {version}; this release reads 0.x, please update mlc_llm"
             )
-        # Old repositories hold the name of a registered template instead of the template.
-        if isinstance(values.get("conv_template"), str):
-            values["conv_template"] = {"name": values["conv_template"]}
-        values.setdefault("conv_template", {})
+        # Old repositories hold the name of a registered template, and apart what differs from it.
+        template = values.setdefault("conv_template", {})
+        if isinstance(template, str):
+            values["conv_template"] = template = {"name": template}
+        if isinstance(template, dict) and data.get("conv_config"):
+            values["conv_template"] = {**template, "conv_config": data["conv_config"]}
+        if isinstance(method := data.get("token_table_postproc_method"), str):
+            values.setdefault("tokenizer_info", {"token_postproc_method": method.replace("-", "_")})
         for name in ("model_type", "quantization", "model_config", "vocab_size"):
             if name not in values:
                 raise CorruptFile(f"{where} lacks {name!r}; run gen_config again")
@@ -239,8 +241,7 @@ class TensorIndex:
     def verify_checksums(self) -> None:
         """Raise CorruptFile if a shard's MD5 differs from the index. Reads every byte."""
         for path, expected in self.shard_md5.items():
-            found = _md5_of(path)
-            if found != expected:
+            if (found := _md5_of(path)) != expected:
                 raise CorruptFile(
                     f"{path} is damaged (MD5 {found}, expected {expected}); fetch it again"
                 )
@@ -261,10 +262,8 @@ def _abbreviate(names: list[str], limit: int = 3) -> str:
 
 def find_tensor_index(directory: Path) -> Path | None:
     """Return the path of the tensor index, under either name, or None."""
-    for name in TENSOR_INDEX_NAMES:
-        if (directory / name).is_file():
-            return directory / name
-    return None
+    paths = (directory / name for name in TENSOR_INDEX_NAMES)
+    return next((path for path in paths if path.is_file()), None)
 
 
 def read_tensor_index(directory: Path) -> TensorIndex:

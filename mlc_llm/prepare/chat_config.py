@@ -26,7 +26,7 @@ from mlc_llm.prepare.cache import storage_errors
 from mlc_llm.prepare.sentence_transformers import embedding_metadata, read_sentence_settings
 from mlc_llm.text.chat_template import find_chat_template
 from mlc_llm.text.conversation import Conversation, detect_conversation, get_conversation
-from mlc_llm.text.formats.find import FILE_PATTERNS
+from mlc_llm.text.formats import FILE_PATTERNS
 from mlc_llm.text.settings import SETTINGS_NAME
 from mlc_llm.text.tokenizer import TOKENIZER_NAME, Tokenizer, detect_tokenizer_info
 

@@ -46,14 +46,13 @@ from mlc_llm.prepare.transfer import (
     partial_path,
     size_or_zero,
 )
+from mlc_llm.text.formats import FILE_PATTERNS
 
 _TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
+    *FILE_PATTERNS,
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
-    "vocab.json",
     "merges.txt",
     CHAT_TEMPLATE_NAME,
 )

@@ -20,7 +20,10 @@ from mlc_llm.errors import MlcError
 ORIGIN_NAME = ".origin.json"
 USERS_NAME = "users.json"
 _CONVERSION_VERSION = 2  # raised when artifacts converted before must be made again
-_SOURCE_SUFFIXES = (".json", ".jinja", ".safetensors", ".bin", ".gguf", ".model", ".txt")
+_SOURCE_SUFFIXES = (
+    *(".json", ".jinja", ".safetensors", ".bin", ".gguf"),
+    *(".model", ".txt", ".tiktoken"),
+)
 
 
 @dataclass(frozen=True)

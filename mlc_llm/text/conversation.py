@@ -21,6 +21,14 @@ PLAIN = "LM"  # the named template that only joins contents
 _SYSTEM, _FUNCTIONS = "{system_message}", "{function_string}"
 _CONVERSATIONS_PATH = Path(__file__).with_name("conversations.json")
 _MAX_NAMES_SHOWN = 8
+# Fields of `conv_config` in releases before 2024: other names, and what the template itself says.
+_OLD_FIELDS = {
+    "system": "system_template",
+    "role_msg_sep": "role_content_sep",
+    "stop_tokens": "stop_token_ids",
+    "prefix_tokens": "system_prefix_token_ids",
+}
+_OLD_FIELDS_IN_TEMPLATE = ("name", "offset", "separator_style", "add_bos")
 # Signs in a Jinja source, all of which must be there, and the named template they stand for;
 # the first that fits counts, so the narrower one comes first. None: nothing named is like it.
 _SIGNS: tuple[tuple[tuple[str, ...], str | None], ...] = (
@@ -77,9 +85,15 @@ class Conversation:
     def from_json(data: Mapping[str, Any], where: str) -> Conversation:
         """Read the `conv_template` object of a chat config; `where` names the file in errors.
 
-        An object with nothing but a name stands for the named template. Unknown fields are left
-        out. Raises CorruptFile where a field has the wrong type, OptionError for an unknown name.
+        An object with nothing but a name stands for the named template, `conv_config` holds what
+        old releases changed of it. Unknown fields are left out. Raises CorruptFile where a field
+        has the wrong type, OptionError for an unknown name.
         """
+        if "conv_config" in data:
+            rest = {name: value for name, value in data.items() if name != "conv_config"}
+            base = Conversation.from_json(rest, where)
+            changes = _old_changes(data["conv_config"], base, where)
+            return Conversation.from_json({**base.to_json(), **changes}, where)
         if set(data) == {"name"}:
             return get_conversation(str(data["name"]))
         values: dict[str, Any] = {}
@@ -168,6 +182,25 @@ class Conversation:
                 templates[number] = head.replace(_FUNCTIONS, "") + functions + tail
                 functions = ""
         return templates
+
+
+def _old_changes(config: Any, base: Conversation, where: str) -> dict[str, Any]:
+    """Return the fields that a `conv_config` changes, under the names they have now."""
+    if not isinstance(config, Mapping):
+        raise CorruptFile(f"{where}: conv_config must be an object, it is {config!r:.80}")
+    changes: dict[str, Any] = {}
+    for name, value in config.items():
+        if name in _OLD_FIELDS_IN_TEMPLATE or value is None:
+            continue
+        now = _OLD_FIELDS.get(name, name)
+        if name == "system" and base.system_template == _SYSTEM:
+            now = "system_message"
+        if now not in {spec.name for spec in dataclasses.fields(Conversation)}:
+            raise CorruptFile(f"{where}: conv_config has an unknown field {name!r:.40}; remove it")
+        if now == "roles" and isinstance(value, list) and len(value) == 2:
+            value = dict(zip(("user", "assistant"), value, strict=True))
+        changes[now] = [value] if now == "stop_str" and isinstance(value, str) else value
+    return changes
 
 
 def _is_list_of(kind: type) -> Any:

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import small_tokenizers
+import tokenizer_references
 
 from mlc_llm.artifact import ChatConfig, read_chat_config
 from mlc_llm.errors import CorruptFile, ModelNotFound, OptionError, StorageError
 from mlc_llm.prepare.chat_config import generate_chat_config
-from mlc_llm.text.conversation import get_conversation
+from mlc_llm.text.conversation import conversation_names, get_conversation
 from mlc_llm.text.prompt import PromptBuilder
 from mlc_llm.text.tokenizer import Tokenizer
 
@@ -188,6 +189,77 @@ def test_two_file_tokenizer_gets_a_tokenizer_json(source: Path, tmp_path: Path) 
     assert config.tokenizer_info["token_postproc_method"] == "byte_level"
     built = Tokenizer.load(tmp_path / "out")
     assert built.encode("hello <|endoftext|>") == whole.encode("hello <|endoftext|>")
+
+
+MANY_TOKENS = FakeModelConfig(vocab_size=300_000)
+OTHER_FORMATS: dict[str, tuple[str, str, dict[str, object]]] = {
+    # file in the source: the stored file, what the artifact is read from, settings
+    "tokenizer.model": ("bpe_bytes.model", "tokenizer.json", {}),
+    "qwen.tiktoken": (
+        "ranks.tiktoken",
+        "tokenizer.json",
+        {"added_tokens_decoder": {"600": {"content": "<|im_end|>", "special": True}}},
+    ),
+    "rwkv_vocab_v20230424.txt": ("rwkv_vocab_small.txt", "tokenizer_model", {}),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_FORMATS)
+def test_other_tokenizers_are_converted(tmp_path: Path, name: str) -> None:
+    stored, written, settings = OTHER_FORMATS[name]
+    files: dict[str, str | bytes | Path] = {name: tokenizer_references.DIRECTORY / stored}
+    source = tmp_path / "source"
+    original = tokenizer_references.load_with(source, files, **settings)
+    write_json(source / "config.json", {})
+    output = tmp_path / "out"
+    config = generate(source, output, model_config=MANY_TOKENS)
+    assert config.tokenizer_files[0] == written
+    assert (output / name).read_bytes() == (source / name).read_bytes()
+    assert set(config.tokenizer_files) >= {name, written, "tokenizer_config.json"}
+    copied = Tokenizer.load(output)
+    assert copied.origin == output / written
+    for text in tokenizer_references.read_reference("rwkv").texts:
+        assert copied.encode(text) == original.encode(text)
+    assert copied.settings == original.settings
+    assert copied.bos_prefix == original.bos_prefix
+    assert config.active_vocab_size == copied.vocab_size == original.vocab_size
+    method = "byte_level" if name == "qwen.tiktoken" else "byte_fallback"
+    assert config.tokenizer_info["token_postproc_method"] == method
+    assert config.tokenizer_info["prepend_space_in_encode"] is (name == "tokenizer.model")
+
+
+def test_ids_come_from_the_file_of_the_vocabulary(tmp_path: Path) -> None:
+    tokenizer_references.load_rwkv(tmp_path / "rwkv")
+    config = generate(tmp_path / "rwkv", tmp_path / "out", model_config=MANY_TOKENS)
+    assert config.eos_token_id == 0
+    assert config.conv_template["stop_token_ids"] == [0]
+    tokenizer_references.load_sentencepiece(tmp_path / "llama", "bpe_bytes")
+    config = generate(tmp_path / "llama", tmp_path / "other", model_config=MANY_TOKENS)
+    assert (config.bos_token_id, config.eos_token_id) == (1, 2)
+    assert config.conv_template["system_prefix_token_ids"] == [1]
+
+
+def test_tokens_the_file_lacks_are_written_into_the_artifact(source: Path, tmp_path: Path) -> None:
+    settings = json.loads((source / "tokenizer_config.json").read_text())
+    added = {"262": {"content": "<tool>", "special": False}}
+    write_json(source / "tokenizer_config.json", {**settings, "added_tokens_decoder": added})
+    config = generate(source, tmp_path / "out")
+    assert config.active_vocab_size == 263
+    stored = json.loads((tmp_path / "out" / "tokenizer.json").read_text())
+    assert stored["added_tokens"][-1]["content"] == "<tool>"
+    assert Tokenizer.load(tmp_path / "out").encode("<tool>") == [262]
+
+
+@pytest.mark.parametrize("name", conversation_names())
+def test_every_named_template_reaches_the_artifact(source: Path, tmp_path: Path, name: str) -> None:
+    config = generate(source, tmp_path / "out", model_config=MANY_TOKENS, conv_template=name)
+    assert read_chat_config(tmp_path / "out").conv_template == get_conversation(name).to_json()
+    builder = PromptBuilder.load(tmp_path / "out", config, Tokenizer.load(tmp_path / "out"))
+    named = get_conversation(name)
+    ids = builder.token_ids([USER])
+    assert ids[: len(named.system_prefix_token_ids)] == named.system_prefix_token_ids
+    assert set(named.stop_token_ids) <= builder.stop_token_ids
+    assert builder.stop_strings == [text for text in named.stop_str if text]
 
 
 def test_source_may_be_the_output(source: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import tokenizers
 
 from mlc_llm.errors import CorruptFile, ModelNotFound
+from mlc_llm.text.formats import FILE_PATTERNS
 from mlc_llm.text.formats.added import added_tokens, build_with, build_with_added, lacking_tokens
 from mlc_llm.text.formats.content import parse
 from mlc_llm.text.formats.rwkv import (
@@ -30,19 +31,6 @@ from mlc_llm.text.formats.two_files import MERGES_NAME, VOCAB_NAME, two_files_co
 from mlc_llm.text.vocabulary import TOKENIZER_NAME, HuggingFaceVocabulary, Vocabulary
 from mlc_llm.text.wordpiece import VOCAB_NAME as WORDPIECE_NAME
 from mlc_llm.text.wordpiece import build_wordpiece
-
-# Where a tokenizer may be, what is looked for first in front.
-FILE_PATTERNS = (
-    TOKENIZER_NAME,
-    "tokenizer.model",
-    VOCAB_NAME,
-    "*.tiktoken",
-    "tiktoken.model",
-    "tekken.json",
-    MSGPACK_NAME,
-    TEXT_PATTERN,
-    WORDPIECE_NAME,
-)
 
 
 @dataclass(frozen=True)
