@@ -6,11 +6,15 @@ import gguf
 import jinja2
 import pytest
 from make_gguf import add_value, finish
+from tokenizer_references import DIRECTORY, SENTENCEPIECE, load_sentencepiece, read_reference
 from tokenizers import Tokenizer, pre_tokenizers
 
 from mlc_llm.errors import CorruptFile, StorageError, UnsupportedModel
 from mlc_llm.prepare.gguf_tokenizer import write_tokenizer
 from mlc_llm.text.formats.byte_level import recipe_names
+from mlc_llm.text.formats.rwkv import read_vocabulary
+from mlc_llm.text.formats.sentencepiece_file import ModelType, read_sentencepiece
+from mlc_llm.text.tokenizer import Tokenizer as OwnTokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -113,6 +117,17 @@ def test_special_tokens_and_template_reach_the_configs(tmp_path):
         ("deepseek-llm", "ab 12, 一二\n", ["ab", "Ġ", "12", ",", "Ġ", "ä\u00b8ĢäºĮ", "Ċ"]),
         ("deepseek-coder", "ab 12.", ["ab", "Ġ", "1", "2", "."]),
         ("tekken", "helloWorld 1/\n", ["hello", "World", "Ġ", "1", "/Ċ"]),
+        ("qwen35", "a\u0301b 12", ["aÌģb", "Ġ", "1", "2"]),
+        ("gpt-4o", "HelloWorld's 1234/\n", ["Hello", "World's", "Ġ", "123", "4", "/Ċ"]),
+        ("kimi-k2", "ab東京c 1234", ["ab", "æĿ±äº¬", "c", "Ġ", "123", "4"]),
+        ("deepseek-v3", "ab 1234!x 東京", ["ab", "Ġ", "123", "4", "!x", "Ġ", "æĿ±äº¬"]),
+        ("falcon", "a, 1234 b", ["a", ",", "Ġ", "123", "4", "Ġb"]),
+        ("bloom", "ab cd, e", ["ab", "Ġcd", ",", "Ġe"]),
+        ("viking", "ab 12", ["ab", "Ġ", "1", "2"]),
+        ("bailingmoe", "I'M 12\nb", ["I", "'M", "Ġ", "1", "2", "Ċ", "b"]),
+        ("seed-coder", "a!\nb", ["a", "!", "Ċ", "b"]),
+        ("chameleon", "ab 1\tc", ["ab", "Ġ", "1", "ĉ", "c"]),
+        ("glm4", "ab 1234", ["ab", "Ġ", "123", "4"]),
     ],
 )
 def test_text_is_cut_as_the_pre_tokenizer_says(tmp_path, name, text, pieces):
@@ -174,6 +189,104 @@ def test_merges_follow_the_scores(tmp_path):
     assert tokenizer.encode("he", add_special_tokens=False).tokens == ["▁", "he"]
 
 
+def spm_values(name, **changes):
+    """Return what llama.cpp's converter writes for one of the stored SentencePiece models."""
+    model = read_sentencepiece(DIRECTORY / f"{name}.model")
+    values = {
+        "ggml.model": "t5" if model.model_type is ModelType.UNIGRAM else "llama",
+        "ggml.tokens": [piece.text for piece in model.pieces],
+        "ggml.scores": [piece.score for piece in model.pieces],
+        "ggml.token_type": [int(piece.type) for piece in model.pieces],
+        "ggml.bos_token_id": 1,
+        "ggml.eos_token_id": 2,
+        "ggml.unknown_token_id": 0,
+        "ggml.add_space_prefix": model.add_dummy_prefix,
+        "ggml.remove_extra_whitespaces": model.remove_extra_whitespaces,
+        "ggml.precompiled_charsmap": list(model.charsmap) or None,
+    }
+    return values | {f"ggml.{key}": value for key, value in changes.items()}
+
+
+@pytest.mark.parametrize("name", SENTENCEPIECE)
+def test_ids_equal_those_of_sentencepiece(tmp_path, name):
+    tokenizer, config, _ = rebuild(tmp_path, spm_values(name))
+    original = load_sentencepiece(tmp_path / "original", name)
+    for text in read_reference(name).texts:
+        assert tokenizer.encode(text, add_special_tokens=False).ids == original.encode(text)
+    is_unigram = name.startswith("unigram")
+    assert (config["add_bos_token"], config["add_eos_token"]) == (not is_unigram, is_unigram)
+    ends = [2] if is_unigram else []
+    assert tokenizer.encode("a").ids[-1:] == (ends or original.encode("a")[-1:])
+
+
+def test_unused_pieces_fill_up_a_vocabulary(tmp_path):
+    values = spm_values("unigram_nfkc")
+    values["ggml.tokens"] = [*values["ggml.tokens"], "[PAD500]"]
+    values["ggml.scores"] = [*values["ggml.scores"], -1000.0]
+    values["ggml.token_type"] = [*values["ggml.token_type"], 5]
+    tokenizer, _, _ = rebuild(tmp_path, values)
+    reference = read_reference("unigram_nfkc")
+    found = [tokenizer.encode(text, add_special_tokens=False).ids for text in reference.texts]
+    assert found == reference.ids
+
+
+def test_wordpiece(tmp_path):
+    words = ["hello", "un", "##aff", "##able", ",", "東"]
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    spelled = [w.removeprefix("##") if w.startswith("##") else f"▁{w}" for w in words]
+    values = {
+        "ggml.model": "bert",
+        "ggml.tokens": [*special, "[unused0]", *spelled],
+        "ggml.token_type": [CONTROL, UNKNOWN, *[CONTROL] * 3, NORMAL] + [NORMAL] * len(words),
+        "ggml.unknown_token_id": 1,
+        "ggml.cls_token_id": 2,
+        "ggml.seperator_token_id": 3,
+        "ggml.padding_token_id": 0,
+        "ggml.mask_token_id": 4,
+    }
+    names = write_tokenizer(write(tmp_path / "m.gguf", values), tmp_path / "out")
+    assert names == ["vocab.txt", "tokenizer_config.json", "generation_config.json"]
+    lines = (tmp_path / "out" / "vocab.txt").read_text(encoding="utf-8").splitlines()
+    assert lines == [*special, "[unused0]", *words]
+    tokenizer = OwnTokenizer.load(tmp_path / "out")
+    ids = tokenizer.encode("Hello, unaffable 東", add_special_tokens=True)
+    assert [tokenizer.id_to_token(n) for n in ids] == [
+        *("[CLS]", "hello", ",", "un", "##aff", "##able", "東", "[SEP]")
+    ]
+    values["ggml.tokens"] = [*special, "[unused0]", "▁Hello", *spelled[1:]]
+    write_tokenizer(write(tmp_path / "m.gguf", values), tmp_path / "cased")
+    tokenizer = OwnTokenizer.load(tmp_path / "cased")
+    assert tokenizer.id_to_token(tokenizer.encode("Hello")[0]) == "Hello"
+
+
+def rwkv_values(**changes):
+    tokens = read_vocabulary(DIRECTORY / "rwkv_vocab_small.txt")
+    spelled = [repr(token)[2:-1] for token in tokens.values()]
+    return {
+        "ggml.model": "rwkv",
+        "ggml.tokens": ["<s>", *spelled, "[PAD999]"],
+        "ggml.token_type": [CONTROL, *[NORMAL] * len(spelled), 5],
+        "ggml.eos_token_id": 0,
+        "ggml.eot_token_id": list(tokens.values()).index(b"\n\n") + 1,
+        "chat_template": "rwkv-world",
+        **{f"ggml.{key}": value for key, value in changes.items()},
+    }
+
+
+def test_rwkv(tmp_path):
+    names = write_tokenizer(write(tmp_path / "m.gguf", rwkv_values()), tmp_path / "out")
+    assert names == ["tokenizer_model", "tokenizer_config.json", "generation_config.json"]
+    tokenizer = OwnTokenizer.load(tmp_path / "out")
+    reference = read_reference("rwkv")
+    for text, ids in zip(reference.texts, reference.ids, strict=True):
+        assert tokenizer.encode(text) == ids
+    assert (tokenizer.eos_token, tokenizer.token_to_id("<s>")) == ("<s>", 0)
+    assert "chat_template" not in tokenizer.settings  # the name of one is none
+    generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert generation["eos_token_id"][0] == 0
+    assert tokenizer.bytes_of(generation["eos_token_id"][1]) == b"\n\n"
+
+
 def test_unknown_pre_tokenizer_is_named(tmp_path):
     path = write(tmp_path / "m.gguf", byte_level_values(pre="klingon"))
     with pytest.raises(UnsupportedModel, match=r"'klingon', which is not known.*llama-bpe"):
@@ -199,6 +312,14 @@ def test_other_tokenizers_are_refused(tmp_path, kind):
         (byte_level_values(eos_token_id=100_000), "eos token is 100000"),
         (byte_level_values(bos_token_id="one"), "bos_token_id is 'one'"),
         (byte_level_values(tokens=["a"] * 265), "holds a token twice"),
+        (byte_level_values(token_type=[99] * 265), "99 is not a valid PieceType"),
+        (spm_values("unigram_nfkc", precompiled_charsmap=[1, 2, 3]), "damaged map of characters"),
+        (spm_values("unigram_nfkc", precompiled_charsmap=[1000]), "holds no bytes"),
+        (
+            rwkv_values(tokens=["<s>", "a\\q"], token_type=[CONTROL, NORMAL]),
+            "an escape that is none",
+        ),
+        (rwkv_values(tokens=["<s>", "a"], token_type=[CONTROL, NORMAL]), "no token for byte"),
         (sentencepiece_values(scores=None), "scores does not fit"),
         (sentencepiece_values(scores=[1.0]), "scores does not fit"),
         (sentencepiece_values(scores=["x"] * 273), "something else than numbers"),
