@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import mlc_names_gpt
+import mlc_names_moe
 import numpy as np
 from numpy.typing import NDArray
 from numpy_model import head_size, read_weights, rope_parameters
@@ -131,6 +132,9 @@ def fuse(config: Mapping[str, Any], weights: Mapping[str, Array]) -> Iterator[tu
     if config["model_type"] in mlc_names_gpt.MODEL_TYPES:
         yield from mlc_names_gpt.fuse(config, weights)
         return
+    if config["model_type"] in mlc_names_moe.MODEL_TYPES:
+        yield from mlc_names_moe.fuse(config, weights)
+        return
     qkv = "self_attn.c_attn" if config["model_type"] == "qwen2" else "self_attn.qkv_proj"
     fused = {
         qkv: ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
@@ -158,12 +162,15 @@ def quantize(name: str, weight: Array, form: Format) -> Iterator[tuple[str, Arra
     if form.store is not None:
         yield from form.store(name, weight)
         return
-    if form.bits == 0 or weight.ndim != 2:
+    is_gate = name.endswith("gate.weight") and len(weight) <= 256
+    if form.bits == 0 or weight.ndim < 2 or is_gate:
         yield name, weight
         return
     base = name.removesuffix(".weight")
-    packed, scale = pack_groups(weight, form)
-    if form.transposed and base != "model.embed_tokens":
+    packed, scale = pack_groups(weight.reshape(-1, weight.shape[-1]), form)
+    packed = packed.reshape(*weight.shape[:-1], -1)  # experts stay apart
+    scale = scale.reshape(*weight.shape[:-1], -1)
+    if form.transposed and weight.ndim == 2 and base != "model.embed_tokens":
         packed, scale = packed.T, scale.T
     yield base + ".q_weight", packed
     yield base + ".q_scale", scale
@@ -253,7 +260,9 @@ def make_model_config(
         max_batch_size=128,
         kwargs={},
     )
-    if config["model_type"] == "qwen2":
+    if config["model_type"] in mlc_names_moe.MODEL_TYPES:
+        fields.update(mlc_names_moe.model_config(config))
+    if config["model_type"].startswith("qwen"):
         fields.update(hidden_act=config["hidden_act"], rope_theta=rope["rope_theta"])
         fields.update(tie_word_embeddings=config["tie_word_embeddings"], dtype="float32")
         return fields

@@ -1,4 +1,5 @@
-"""Llama, Mistral and Qwen2 in plain NumPy: the second opinion that tests compare against.
+"""Llama, Mistral, Mixtral and Qwen2 and 3, with experts and without, in plain NumPy: the second
+opinion that tests compare against.
 
 Knows Hugging Face configurations and tensor names. Shares no code with mlc_llm, keeps no KV cache
 and computes in float64, so a difference is never its rounding.
@@ -19,6 +20,7 @@ from safetensors import deserialize
 Array = NDArray[np.float64]
 Weights = Mapping[str, NDArray[Any]]
 
+_MLP_NAMES = ("gate_proj", "up_proj", "down_proj")
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 # safetensors.numpy refuses bfloat16, so bytes are turned into arrays here.
 _deserialize: Callable[[bytes], list[tuple[str, dict[str, Any]]]] = deserialize
@@ -50,7 +52,7 @@ def hidden_states(config: Mapping[str, Any], weights: Weights, token_ids: Sequen
         normed = _rms_norm(hidden, weights[prefix + "input_layernorm.weight"], epsilon)
         hidden = hidden + _attention(config, weights, prefix + "self_attn.", normed)
         normed = _rms_norm(hidden, weights[prefix + "post_attention_layernorm.weight"], epsilon)
-        hidden = hidden + _mlp(weights, prefix + "mlp.", normed)
+        hidden = hidden + _feed_forward(config, weights, prefix, normed)
     return _rms_norm(hidden, weights["model.norm.weight"], epsilon)
 
 
@@ -81,6 +83,9 @@ def _attention(config: Mapping[str, Any], weights: Weights, prefix: str, hidden:
         _linear(weights, f"{prefix}{part}_proj", hidden).reshape(n, -1, size).swapaxes(0, 1)
         for part in "qkv"
     )  # (n, h*d) -> (h, n, d)
+    if prefix + "q_norm.weight" in weights:
+        q = _rms_norm(q, weights[prefix + "q_norm.weight"], config["rms_norm_eps"])
+        k = _rms_norm(k, weights[prefix + "k_norm.weight"], config["rms_norm_eps"])
     q, k = _rotate(q, rotation), _rotate(k, rotation)
     group = len(q) // len(k)
     k, v = np.repeat(k, group, axis=0), np.repeat(v, group, axis=0)
@@ -112,10 +117,36 @@ def _rotate(x: Array, rotation: NDArray[np.complex128]) -> Array:
     return np.concatenate([turned.real, turned.imag], axis=-1)
 
 
-def _mlp(weights: Weights, prefix: str, hidden: Array) -> Array:
-    gate = _linear(weights, prefix + "gate_proj", hidden)
-    up = _linear(weights, prefix + "up_proj", hidden)
-    return _linear(weights, prefix + "down_proj", gate / (1 + np.exp(-gate)) * up)
+def _feed_forward(config: Mapping[str, Any], weights: Weights, prefix: str, hidden: Array) -> Array:
+    if f"{prefix}block_sparse_moe.gate.weight" in weights:
+        block, names, renormalize = prefix + "block_sparse_moe.", ("w1", "w3", "w2"), True
+    elif f"{prefix}mlp.gate.weight" in weights:
+        block, names, renormalize = prefix + "mlp.", _MLP_NAMES, config["norm_topk_prob"]
+    else:
+        return _mlp(weights, prefix + "mlp.", hidden)
+    logits = hidden @ weights[block + "gate.weight"].astype(np.float64).T
+    scores = np.exp(logits - logits.max(axis=1, keepdims=True))
+    scores /= scores.sum(axis=1, keepdims=True)
+    # All but the best count as nothing.
+    scores[scores < np.sort(scores, axis=1)[:, [-config["num_experts_per_tok"]]]] = 0
+    if renormalize:
+        scores /= scores.sum(axis=1, keepdims=True)
+    output = np.zeros_like(hidden)
+    for expert in range(scores.shape[1]):
+        [rows] = np.nonzero(scores[:, expert])
+        result = _mlp(weights, f"{block}experts.{expert}.", hidden[rows], names)
+        output[rows] += scores[rows, expert, None] * result
+    if f"{block}shared_expert_gate.weight" in weights:
+        share = hidden @ weights[block + "shared_expert_gate.weight"].astype(np.float64).T
+        output += _mlp(weights, block + "shared_expert.", hidden) / (1 + np.exp(-share))
+    return output
+
+
+def _mlp(
+    weights: Weights, prefix: str, hidden: Array, names: tuple[str, str, str] = _MLP_NAMES
+) -> Array:
+    gate, up = (_linear(weights, prefix + name, hidden) for name in names[:2])
+    return _linear(weights, prefix + names[2], gate / (1 + np.exp(-gate)) * up)
 
 
 def _linear(weights: Weights, name: str, hidden: Array) -> Array:

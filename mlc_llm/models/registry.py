@@ -14,16 +14,38 @@ from mlc_llm.models import (
     gptj,
     llama,
     mistral,
+    mixtral,
     phi,
     qwen2,
+    qwen2_moe,
     qwen3,
+    qwen3_moe,
 )
 from mlc_llm.models.base import Family
 
-_MODULES = (bert, gpt2, gpt_bigcode, gpt_neox, gptj, llama, mistral, phi, qwen2, qwen3)
+_MODULES = (
+    bert,
+    gpt2,
+    gpt_bigcode,
+    gpt_neox,
+    gptj,
+    llama,
+    mistral,
+    mixtral,
+    phi,
+    qwen2,
+    qwen2_moe,
+    qwen3,
+    qwen3_moe,
+)
 FAMILIES: dict[str, Family] = {
     family.name: family
-    for family in (*(module.FAMILY for module in _MODULES), bert.BGE, phi.MIXFORMER, qwen3.EMBEDDING)
+    for family in (
+        *(module.FAMILY for module in _MODULES),
+        bert.BGE,
+        phi.MIXFORMER,
+        qwen3.EMBEDDING,
+    )
 }
 
 
