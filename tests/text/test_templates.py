@@ -5,6 +5,8 @@ then role, separator, content and end of turn, then the role of the answer.
 """
 
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ import pytest
 from mlc_llm.artifact import ChatConfig
 from mlc_llm.errors import CorruptFile, OptionError
 from mlc_llm.text.conversation import Conversation, conversation_names, get_conversation
+from mlc_llm.text.formats.byte_level import recipe_names
 
 CHAT = [
     {"role": "system", "content": "S"},
@@ -146,6 +149,12 @@ def test_ids_and_texts_at_both_ends(name: str) -> None:
         conversation.stop_str,
     )
     assert found == ENDS[name]
+
+
+def test_the_docs_name_every_template_and_pre_tokenizer() -> None:
+    page = Path(__file__).resolve().parents[2] / "docs" / "tokenizers.md"
+    words = set(re.findall(r"`([^`]+)`", page.read_text(encoding="utf-8")))
+    assert not {*conversation_names(), *recipe_names()} - words
 
 
 def test_results_of_tools_have_their_own_role() -> None:

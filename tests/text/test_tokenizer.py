@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import small_tokenizers
+import tokenizer_references
 import tokenizers
 
 from mlc_llm.artifact import read_json_object
@@ -203,6 +204,25 @@ def test_other_content_is_a_corrupt_file(tmp_path: Path, content: bytes) -> None
     (tmp_path / "tokenizer.json").write_bytes(content)
     with pytest.raises(CorruptFile, match="again"):
         Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["bpe_rules_defined", "unigram_bytes_defined"])
+def test_random_damage_of_tokenizer_json_never_escapes(tmp_path: Path, name: str) -> None:
+    whole = tokenizer_references.load_sentencepiece(tmp_path, name).to_file()[1]
+    draw = random.Random(6)
+    num_refused = 0
+    for _ in range(100):
+        content = bytearray(whole)
+        for _ in range(draw.randrange(1, 6)):
+            content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+        try:
+            tokenizer = tokenizer_references.load_with(
+                tmp_path / "damaged", {"tokenizer.json": bytes(content)}
+            )
+            tokenizer.decode(tokenizer.encode("some text"))
+        except CorruptFile:
+            num_refused += 1
+    assert 20 < num_refused < 100
 
 
 def test_damaged_settings_are_a_corrupt_file(tmp_path: Path) -> None:
