@@ -14,6 +14,7 @@ from tvm.relax.frontend.nn import spec
 
 from mlc_llm.artifact import KVCacheLayout, TensorSpec
 from mlc_llm.errors import UnsupportedModel
+from mlc_llm.models.checking import configuration_errors
 from mlc_llm.models.config import DecoderConfig
 from mlc_llm.models.plan import ParamRule
 from mlc_llm.nn import ops
@@ -304,11 +305,13 @@ class Family:
 
     def config_from_huggingface(self, config: Mapping[str, Any]) -> DecoderConfig:
         """Read the content of `config.json`. Raises CorruptFile or UnsupportedModel."""
-        return self.config.from_huggingface(config)
+        with configuration_errors():
+            return self.config.from_huggingface(config)
 
     def config_from_json(self, model_config: Mapping[str, Any]) -> DecoderConfig:
         """Read an artifact's `model_config`. Raises CorruptFile or UnsupportedModel."""
-        return self.config.from_json(model_config)
+        with configuration_errors():
+            return self.config.from_json(model_config)
 
     def rule_for(self, parameter: str, config: DecoderConfig) -> ParamRule:
         """Return which checkpoint tensors make up a parameter of the unquantized model."""

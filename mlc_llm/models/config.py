@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 from mlc_llm.errors import CorruptFile, OptionError, UnsupportedModel
+from mlc_llm.models.checking import check_fields
 from mlc_llm.nn.activations import ACTIVATIONS
 from mlc_llm.nn.rope import SUPPORTED_SCALINGS, RopeConfig, scaling_kind
 
@@ -20,6 +21,15 @@ Config = TypeVar("Config", bound="DecoderConfig")
 DEFAULT_PREFILL_CHUNK = 2048
 # Where a sliding-window model names no context window.
 DEFAULT_CONTEXT = 32768
+# Far above any model; a damaged file may claim anything, and layers are built one by one.
+_LARGEST = {
+    "num_hidden_layers": 1 << 10,
+    "num_attention_heads": 1 << 16,
+    "head_dim": 1 << 16,
+    "hidden_size": 1 << 24,
+    "intermediate_size": 1 << 26,
+    "vocab_size": 1 << 26,
+}
 KV_DTYPES = ("auto", "float16", "float32", "int8")
 _OVERRIDES = (
     "context_window_size",
@@ -66,6 +76,7 @@ class DecoderConfig:
     kv_cache_dtype: str = "auto"
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name in (
             "hidden_size",
             "intermediate_size",
@@ -78,9 +89,11 @@ class DecoderConfig:
             "prefill_chunk_size",
             "max_batch_size",
         ):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise CorruptFile(f"model configuration: {name} must be at least 1, is {value!r}")
+            value, largest = getattr(self, name), _LARGEST.get(name, 1 << 31)
+            if not 1 <= value <= largest:
+                raise CorruptFile(
+                    f"model configuration: {name} must be from 1 to {largest:,}, is {value!r:.40}"
+                )
         if self.num_attention_heads % self.num_key_value_heads:
             raise UnsupportedModel(
                 f"{self.num_attention_heads} attention heads cannot share "

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from mlc_llm.artifact import TensorSpec
@@ -131,6 +132,7 @@ def _check_names(plan: Sequence[ParamPlan], source: WeightSource, unused: tuple[
     if source.config.get("tie_word_embeddings"):
         ignored.add(_HEAD_NAME)
     missing, surplus = sorted(wanted - found), sorted(found - wanted - ignored)
+    surplus = [name for name in surplus if not _adds_nothing(name, source)]
     if missing or surplus:
         raise ParameterMismatch(
             "the checkpoint does not fit the model its configuration describes:"
@@ -138,6 +140,11 @@ def _check_names(plan: Sequence[ParamPlan], source: WeightSource, unused: tuple[
             + (f" surplus {_abbreviate(surplus)};" if surplus else "")
             + " check that config.json and weights belong together"
         )
+
+
+def _adds_nothing(name: str, source: WeightSource) -> bool:
+    """Return whether a tensor is a bias of zeros: GPTQ checkpoints have them for layers without."""
+    return name.endswith(".bias") and len(source.shape(name)) == 1 and not np.any(source.read(name))
 
 
 def _check_source_shapes(item: ParamPlan, source: WeightSource) -> None:

@@ -53,7 +53,11 @@ def test_every_encoding_equals_the_packages_own_decoder(tmp_path, kind):
 
 @pytest.mark.parametrize(
     "kind",
-    [Type.Q2_K, Type.Q3_K, Type.Q4_K, Type.Q5_K, Type.Q6_K, Type.IQ4_XS, Type.IQ2_XXS, Type.TQ2_0],
+    [
+        *(Type.Q2_K, Type.Q3_K, Type.Q4_K, Type.Q5_K, Type.Q6_K, Type.IQ4_NL, Type.IQ4_XS),
+        *(Type.IQ1_S, Type.IQ1_M, Type.IQ2_XXS, Type.IQ2_XS, Type.IQ2_S, Type.IQ3_XXS),
+        *(Type.IQ3_S, Type.TQ1_0, Type.TQ2_0, Type.MXFP4),
+    ],
 )
 def test_super_block_encodings(tmp_path, kind):
     block_values, block_bytes = gguf.GGML_QUANT_SIZES[kind]

@@ -1,5 +1,7 @@
 """GGUF architectures: names against the gguf package's own map, values, configurations."""
 
+from pathlib import Path
+
 import gguf
 import numpy as np
 import pytest
@@ -266,6 +268,11 @@ def test_longrope_and_yarn(tmp_path):
     )
     assert config["rope_scaling"]["rope_type"] == "yarn"
     assert config["rope_scaling"]["original_max_position_embeddings"] == 64
+
+
+def test_the_page_lists_every_architecture():
+    page = (Path(__file__).parents[2] / "docs" / "checkpoints.md").read_text()
+    assert not [name for name in ARCHITECTURES if f"`{name}`" not in page]
 
 
 def test_experts_where_there_should_be_none(tmp_path):

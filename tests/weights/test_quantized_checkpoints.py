@@ -1,16 +1,23 @@
 """Quantized checkpoints read as plain ones: every method against a slow packer of the tests."""
 
 import json
+import re
 
 import ml_dtypes
 import numpy as np
 import pytest
 from make_packed import make_awq, make_float8, make_gptq, make_mxfp4, make_packed_rows
+from reference_cases import REFERENCES
 from safetensors.numpy import save_file
 
 from mlc_llm.errors import CorruptFile, MlcError, ParameterMismatch, UnsupportedModel
+from mlc_llm.models.registry import find_family
+from mlc_llm.quantization.apply import plan_parameters
 from mlc_llm.quantization.encoded import AwqArrays, Float8Blocks
+from mlc_llm.quantization.schemes import get_scheme
+from mlc_llm.weights.convert import convert
 from mlc_llm.weights.dequantized import DequantizedSource
+from mlc_llm.weights.huggingface import HuggingFaceSource
 from mlc_llm.weights.open import open_source
 from mlc_llm.weights.source import EncodedSource
 
@@ -291,6 +298,44 @@ def test_fp8_without_its_scale(write, rng):
     values, _, _ = make_float8(rng, 8, 6, None)
     with pytest.raises(ParameterMismatch, match="tensors of m do not fit"):
         write({"m.weight": values}, {"quant_method": "fp8"})
+
+
+def test_a_whole_gptq_model_converts(tmp_path):
+    original = HuggingFaceSource(REFERENCES / "llama_gqa")
+    directory, plain = tmp_path / "gptq", tmp_path / "plain"
+    rng = np.random.default_rng(6)
+    packed, weights = {}, {}
+    for name in original.names():
+        weights[name] = original.read(name)
+        if not name.endswith("_proj.weight"):
+            packed[name] = weights[name]
+            continue
+        module = name.removesuffix(".weight")
+        parts, weights[name] = make_gptq(rng, *weights[name].shape, 32, 4, act_order=True)
+        packed |= under(module, parts)
+        # Some programs store biases that do nothing.
+        packed[f"{module}.bias"] = np.zeros(len(weights[name]), np.float16)
+    for path, tensors, settings in ((directory, packed, GPTQ), (plain, weights, None)):
+        path.mkdir()
+        config = {**original.config, "quantization_config": settings}
+        (path / "config.json").write_text(json.dumps(config))
+        whole = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+        save_file(whole, path / "model.safetensors")
+    family = find_family(original.config)
+    config = family.config_from_huggingface(original.config)
+    plan = plan_parameters(family, config, get_scheme("q4f32_1"))
+    made = []
+    for path in (directory, plain):
+        convert(plan, open_source(path), path / "out", lambda done, total, name: None)
+        made.append((path / "out" / "params_shard_0.bin").read_bytes())
+    assert made[0] == made[1]
+    packed[f"{module}.bias"][3] = 1
+    save_file(
+        {name: np.ascontiguousarray(tensor) for name, tensor in packed.items()},
+        directory / "model.safetensors",
+    )
+    with pytest.raises(ParameterMismatch, match=rf"surplus {re.escape(module)}\.bias;"):
+        convert(plan, open_source(directory), tmp_path / "no", lambda done, total, name: None)
 
 
 def test_random_settings_raise_only_our_errors(write, rng):

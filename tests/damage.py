@@ -1,9 +1,12 @@
 """Damage files in reproducible ways, and hold what reads them to errors of ours and to limits."""
 
+import copy
+import json
 import random
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from mlc_llm.errors import MlcError
 
@@ -39,6 +42,40 @@ def damaged_copies(
                 at = rng.randrange(reach)
                 damaged[at:at] = damaged[at : at + rng.randint(1, 16)]
         yield bytes(damaged)
+
+
+# What may stand in JSON where something else should.
+_STRANGE: tuple[Any, ...] = (
+    *(None, True, False, 0, 1, -1, 3, 1 << 31, 1 << 60, -(1 << 70), 0.5, 1e308, float("nan")),
+    *("", "x", "../x", "\0", "é" * 300, [], [[]], [1, 2], {}, {"a": {}}, ["x"], [None]),
+)
+
+
+def damaged_json(value: Any, seed: int, rounds: int) -> Iterator[bytes]:
+    """Yield JSON texts in which one to three values are strange, missing, or there twice."""
+    rng = random.Random(seed)
+    for _ in range(rounds):
+        changed = copy.deepcopy(value)
+        for _ in range(rng.randint(1, 3)):
+            places = list(_places(changed))
+            if not places:
+                break
+            owner, key = rng.choice(places)
+            if rng.random() < 0.15:
+                del owner[key]
+            elif rng.random() < 0.1 and isinstance(owner, list):
+                owner.append(copy.deepcopy(owner[key]))
+            else:
+                owner[key] = copy.deepcopy(rng.choice(_STRANGE))
+        yield json.dumps(changed).encode()
+
+
+def _places(value: Any) -> Iterator[tuple[Any, Any]]:
+    if isinstance(value, dict | list):
+        keys = list(value) if isinstance(value, dict) else range(len(value))
+        for key in keys:
+            yield value, key
+            yield from _places(value[key])
 
 
 def count_refusals(copies: Iterator[bytes], use: Callable[[bytes], None]) -> int:
