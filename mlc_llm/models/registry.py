@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mlc_llm.errors import OptionError, UnsupportedModel
+from mlc_llm.errors import CorruptFile, OptionError, UnsupportedModel
 from mlc_llm.models import (
     bert,
     gpt2,
@@ -58,6 +58,12 @@ def find_family(config: Mapping[str, Any], model_type: str = "auto", task: str =
     if model_type != "auto":
         return get_family(model_type)
     architectures = config.get("architectures") or []
+    named = config.get("model_type")
+    if not isinstance(architectures, list) or not isinstance(named, str | None):
+        raise CorruptFile(
+            f"configuration: architectures is {architectures!r:.60}, model_type is {named!r:.60}; "
+            "fetch config.json again"
+        )
     fitting = [
         family
         for family in FAMILIES.values()
