@@ -42,6 +42,7 @@ _COMMANDS: Mapping[str, tuple[str, str]] = {
     "compile": ("compile", "compile_library"),
     "pull": ("pull", "pull"),
     "list": ("list_models", "list_models"),
+    "show": ("show", "show"),
     "rm": ("rm", "rm"),
     "ps": ("ps", "ps"),
     "demo-model": ("demo_model", "demo_model"),

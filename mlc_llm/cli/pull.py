@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
-from urllib.parse import unquote, urlsplit
 
 import typer
 
+from mlc_llm.cli.hub_names import hub_name, is_path
 from mlc_llm.cli.open_model import (
     DEMO_NAME,
     OptOption,
@@ -24,9 +23,6 @@ from mlc_llm.errors import OptionError
 if TYPE_CHECKING:
     from mlc_llm.prepare.caches import Caches
     from mlc_llm.prepare.progress import Progress
-
-_PLAIN_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*([/@].*)?")
-_HUB_HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
 
 
 def pull(
@@ -54,7 +50,7 @@ def pull(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Quantization to convert to (q4f16_1 if left out, q8f16_1 for the demo model); "
+            help="Quantization to convert to (if left out, that of a GGUF file, else q4f16_1); "
             "means --convert.",
         ),
     ] = None,
@@ -115,11 +111,11 @@ def _check_early(
 
 def _name_of(model: str, revision: str | None) -> str:
     """Return a model as other commands take it, `demo` for the demo model. Raises OptionError."""
-    name = _hub_name(model)
+    name = hub_name(model)
     if name is None:
         if revision is not None:
             raise OptionError(f"--revision is for repositories on the hub, {model!r} is none")
-        if model != DEMO_NAME and not _exists(model):
+        if model != DEMO_NAME and not is_path(model):
             raise OptionError(
                 f"{model!r} names neither a repository, such as user/repo, nor a local model"
             )
@@ -130,30 +126,6 @@ def _name_of(model: str, revision: str | None) -> str:
     if mark and given != revision:
         raise OptionError(f"{model!r} and --revision {revision} name two revisions; use one")
     return f"{bare}@{revision}"
-
-
-def _hub_name(model: str) -> str | None:
-    """Return `HF://user/repo[/file.gguf][@revision]` for all ways to write it, None for others."""
-    if model[:5].upper() == "HF://":
-        return model
-    address = urlsplit(model if "://" in model else f"https://{model}")
-    if address.hostname in _HUB_HOSTS:
-        parts = [unquote(part) for part in address.path.strip("/").split("/")]
-        bare = "HF://" + "/".join(parts[:2])
-        if len(parts) > 3 and parts[2] in ("tree", "blob", "resolve"):
-            file = "".join(f"/{part}" for part in parts[4:])
-            return f"{bare}{file}@{parts[3]}"
-        return "/".join([bare, *parts[2:]])
-    if _PLAIN_NAME.fullmatch(model) and not _exists(model):
-        return f"HF://{model}"
-    return None
-
-
-def _exists(text: str) -> bool:
-    try:
-        return text.strip() != "" and Path(text).expanduser().exists()
-    except (OSError, ValueError, RuntimeError):
-        return False
 
 
 def _fetch(name: str, caches: Caches, progress: Progress, *, is_converted: bool) -> Path:

@@ -21,7 +21,7 @@ def rm(
     names: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[NAME]...",
+            metavar="NAME...",
             help="Models as `list` shows them; or the path of a model whose converted copies go.",
             show_default=False,
         ),

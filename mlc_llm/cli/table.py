@@ -12,7 +12,7 @@ import time
 from collections.abc import Collection, Sequence
 
 _GAP = "  "
-_STEPS = ((60, "s"), (60, "min"), (24, "h"), (7, "d"))
+_STEPS = ((60, "s"), (60, "min"), (24, "h"))
 
 
 def print_table(
@@ -53,7 +53,7 @@ def render_table(
 def format_duration(seconds: float) -> str:
     """Return a length of time in its largest whole unit: `45 s`, `12 min`, `3 h`, `20 d`."""
     value = max(0.0, seconds)
-    for step, unit in _STEPS[:-1]:
+    for step, unit in _STEPS:
         if value < step:
             return f"{value:.0f} {unit}"
         value /= step

@@ -159,7 +159,7 @@ def compile_model(
         mod, parameters = model.export_tvm(model.export_spec(task))
     with _stage_errors("lowering"), target:
         mod, temporary = _lower(mod, model, task, options.debug_dump, progress)
-    metadata = _describe(config, family, model, task, parameters, temporary, described)
+    metadata = describe(config, family, model, task, parameters, temporary, described)
     mod["_metadata"] = _constant_function(metadata.to_json())
     progress("generate code")
     with _stage_errors("code generation"):
@@ -200,7 +200,7 @@ def _dump(directory: Path | None, index: int, name: str, mod: tvm.IRModule) -> N
         )
 
 
-def _describe(
+def describe(
     config: ChatConfig,
     family: Family,
     model: CausalLM,
@@ -209,6 +209,11 @@ def _describe(
     temporary: dict[str, int],
     described: dict[str, Any],
 ) -> LibraryMetadata:
+    """Return what a library says of itself.
+
+    parameters: names and tensors. temporary: bytes of temporary tensors by function. described: the
+    target and its instruction sets.
+    """
     shape = model.config
     return LibraryMetadata(
         model_type=config.model_type,

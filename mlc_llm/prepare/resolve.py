@@ -102,6 +102,13 @@ def prepare_artifact(
     return _converted(source, quantization, lora_adapter, home, jit_policy, progress)
 
 
+def usual_quantization(source: Path, default: str = DEFAULT_QUANTIZATION) -> str:
+    """Return what a model is converted to where nobody says; reads headers alone."""
+    if source.is_file() and has_codes(source):
+        return NATIVE_QUANTIZATION
+    return default
+
+
 def _keeps_codes(source: Path, home: CacheHome) -> bool:
     """Return whether a model is a GGUF file whose codes can be kept as they are."""
     if source.is_dir():

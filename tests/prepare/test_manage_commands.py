@@ -4,73 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hub import LocalHub
+from manage import Run, directories, files_of
 from tiny import write_artifact, write_llama
 
-from mlc_llm.cli.main import main
 from mlc_llm.prepare.cache import CacheHome, lock_at_once
 from mlc_llm.prepare.processes import RunFile
-
-Run = Callable[..., "Result"]
-
-
-class Result:
-    """What a command line printed, and its exit code."""
-
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out, err
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-
-@pytest.fixture
-def run(
-    home: CacheHome,
-    hub: LocalHub,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> Run:
-    """Run a command line with a cache of its own."""
-    monkeypatch.setenv("MLC_LLM_HOME", str(home.root))
-    monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
-    for name in ("MLC_JIT_POLICY", "MLC_DOWNLOAD_CACHE_POLICY", "MLC_LLM_API_KEY"):
-        monkeypatch.delenv(name, raising=False)
-
-    def call(*words: str) -> Result:
-        code = main(list(words))
-        captured = capsys.readouterr()
-        return Result(code, captured.out, captured.err)
-
-    return call
-
-
-def files_of(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in directory.iterdir()}
-
-
-@pytest.fixture
-def llama(tmp_path: Path) -> Path:
-    return write_llama(tmp_path / "models" / "tiny-llama")
-
-
-@pytest.fixture
-def published(hub: LocalHub, llama: Path) -> str:
-    """The name of a repository with the tiny Llama, and files that no model needs."""
-    hub.add("user/tiny", {**files_of(llama), "README.md": b"# Tiny", "training.log": b"1\n" * 99})
-    return "HF://user/tiny"
-
-
-def directories(base: Path) -> list[str]:
-    return sorted(path.name for path in base.glob("*") if not path.name.startswith("."))
-
 
 # pull
 
@@ -435,3 +381,17 @@ def test_links_in_the_cache_are_not_followed(run: Run, home: CacheHome, llama: P
     assert run("rm", "user/linked", "-y").code == 0
     assert directories(home.hub_directory / "user") == []
     assert files_of(llama) == before
+
+
+@pytest.mark.cpu
+def test_the_commands_of_the_readme(run: Run, home: CacheHome, hub: LocalHub, llama: Path) -> None:
+    text = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+    block = re.search(r"^### Models\n+```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert block is not None
+    commands = [shlex.split(line) for line in block[1].splitlines()]
+    assert [words[1] for words in commands] == ["pull", "show", "list", "ps", "rm", "rm"]
+    hub.add(commands[0][2].removeprefix("HF://"), files_of(llama))
+    for words in commands:
+        done = run(*words[1:])
+        assert done.code == 0, (words, done.err)
+    assert directories(home.local_directory) == directories(home.library_directory) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -12,6 +13,8 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+
+from mlc_llm.cli.main import main
 
 pytestmark = pytest.mark.cpu
 
@@ -53,6 +56,7 @@ def program(
         running.process.send_signal(signal.SIGTERM)
     try:
         assert running.process.wait(20) == 0, running.log.read_text()
+        assert list((home / "run").iterdir()) == []
     finally:
         running.process.kill()
         running.process.communicate()
@@ -80,6 +84,26 @@ def test_the_plan_is_shown_and_the_server_is_well(program: tuple[Program, str]) 
     assert httpx.get(f"{server.url}/ready").status_code == 200
     models = httpx.get(f"{server.url}/v1/models").json()["data"]
     assert [card["id"] for card in models] == [model]
+
+
+def test_the_server_is_listed(
+    program: tuple[Program, str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    server, model = program
+    home = server.log.parent
+    monkeypatch.setenv("MLC_LLM_HOME", str(home))
+    for words in (["ps", "--json"], ["ps", server.url, "--json"]):
+        assert main(words) == 0
+        (row,) = json.loads(capsys.readouterr().out)
+        assert (row["model"], row["url"], row["state"]) == (model, server.url, "running")
+        assert (row["num_running"], row["num_waiting"]) == (0, 0)
+    assert main(["ps", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["pid"] == server.process.pid
+    # What it runs cannot be removed; afterwards its file is gone, see below.
+    assert main(["rm", model, "--yes"]) == 1
+    assert f"in use by `mlc_llm serve` (process {server.process.pid}" in capsys.readouterr().err
 
 
 def test_the_port_is_taken_for_a_second_server(
