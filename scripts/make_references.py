@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import rwkv_references
 import safetensors
 import tokenizers
 import torch
@@ -69,9 +70,7 @@ def make_case(case: dict[str, Any]) -> dict[str, Any]:
     write_checkpoint(case, directory)
     write_tokenizer(directory)
     # Read back what was stored: rounded weights and a rewritten config are part of the reference.
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
+    model = load_model(case, directory)
     generator = np.random.default_rng([case["seed"], zlib.crc32(b"prompt")])
     vocab_size = case["config"]["vocab_size"]
     token_ids = generator.integers(3, vocab_size, case["prompt_len"]).astype(np.int32)
@@ -103,8 +102,20 @@ def make_case(case: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def load_model(case: dict[str, Any], directory: Path) -> Any:
+    """Return the model of a checkpoint, to be called with token ids (1, n)."""
+    if case["model_type"].startswith("rwkv"):
+        return rwkv_references.PackageModel(directory)
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+
+
 def write_checkpoint(case: dict[str, Any], directory: Path) -> None:
     """Save a model with random weights as transformers does, then apply the case's config edits."""
+    if case["model_type"].startswith("rwkv"):
+        rwkv_references.write_checkpoint(case, directory, random_tensor)
+        return
     config = transformers.AutoConfig.for_model(case["model_type"], **case["config"])
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():

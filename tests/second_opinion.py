@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy_gpt
 import numpy_model
+import numpy_recurrent
 from numpy.typing import NDArray
 
 
@@ -17,4 +18,6 @@ def forward(
     """Return logits (n, vocab) of one sequence; weights have Hugging Face names, any dtype."""
     if config["model_type"] in numpy_gpt.MODEL_TYPES:
         return numpy_gpt.forward(config, weights, token_ids)
+    if config["model_type"] in numpy_recurrent.MODEL_TYPES:
+        return numpy_recurrent.forward(config, weights, token_ids)
     return numpy_model.forward(config, weights, token_ids)

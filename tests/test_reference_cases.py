@@ -28,6 +28,14 @@ FEATURES = [
     ("gpt_neox", {"use_parallel_residual": False}),
     ("gpt_neox_sequential", {"use_parallel_residual": True}),
     ("gptj", {"rotary_dim": 4}),
+    ("qwen3_5", {"rms_norm_eps": 1e-2}),
+    (
+        "qwen3_5",
+        {"rope_parameters": {"rope_theta": 1000.0, "partial_rotary_factor": 0.5}},
+    ),
+    ("rwkv5", {"head_size_divisor": 1}),
+    ("rwkv5", {"layer_norm_epsilon": 1e-2}),
+    ("rwkv6", {"layer_norm_epsilon": 1e-2}),
 ]
 
 

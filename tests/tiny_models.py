@@ -76,13 +76,17 @@ class TinyModels:
         if key not in self._runners:
             loaded = load_library(library)
             parameters = load_parameters(artifact, loaded, lambda _: None)
-            self._runners[key] = CompiledRunner(loaded, parameters, NUM_PAGES)
+            self._runners[key] = CompiledRunner(loaded, parameters, NUM_PAGES, NUM_PAGES)
         runner: ModelRunner = self._runners[key]
         return runner
 
 
 def make_step(work: Sequence[tuple[PagedSequence, Sequence[int]]]) -> Step:
-    """Return a step that brings each sequence new tokens and wants the logits of all of them."""
+    """Return a step that brings each sequence new tokens and wants the logits of all of them.
+
+    Where models have a recurrent state, a sequence's is in the slot with the number of its first
+    page.
+    """
     starts = [len(sequence.token_ids) for sequence, _ in work]
     slots = [sequence.grow(list(tokens)) for sequence, tokens in work]
     ends = [len(sequence.token_ids) for sequence, _ in work]
@@ -99,6 +103,7 @@ def make_step(work: Sequence[tuple[PagedSequence, Sequence[int]]]) -> Step:
         page_table=table,
         context_len=np.asarray(ends, np.int32),
         logit_rows=np.arange(query_start[-1], dtype=np.int32),
+        state_slots=np.asarray([sequence.pages[0] for sequence, _ in work], np.int32),
     )
 
 

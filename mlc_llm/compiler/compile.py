@@ -80,21 +80,24 @@ class CompiledModel:
             temporary.unlink(missing_ok=True)
 
     def memory_plan(self) -> str:
-        """Return the bytes of parameters, temporaries and KV for people to read."""
+        """Return the bytes of parameters, temporaries, KV and states for people to read."""
         parameters = sum(spec.size_bytes for spec in self.metadata.params)
         temporary = self.metadata.memory_usage[STEP_ENTRIES[self.metadata.model_task]]
         kv_token = self.metadata.kv_cache.bytes_per_token
         context = self.metadata.context_window_size
-        total = parameters + temporary + kv_token * context
-        return "\n".join(
-            (
-                f"parameters        {_mib(parameters)}",
-                f"temporary         {_mib(temporary)}  "
-                f"(prefill chunk of {self.metadata.prefill_chunk_size} tokens)",
-                f"KV cache          {kv_token / 1024:10.1f} KiB a token",
-                f"in all            {_mib(total)}  (context of {context} tokens)",
-            )
-        )
+        state = sum(spec.size_bytes for spec in self.metadata.states)
+        lines = [
+            f"parameters        {_mib(parameters)}",
+            f"temporary         {_mib(temporary)}  "
+            f"(prefill chunk of {self.metadata.prefill_chunk_size} tokens)",
+        ]
+        if kv_token:
+            lines.append(f"KV cache          {kv_token / 1024:10.1f} KiB a token")
+        if state:
+            lines.append(f"recurrent state   {_mib(state)}  a sequence")
+        total = parameters + temporary + kv_token * context + state
+        lines.append(f"in all            {_mib(total)}  (context of {context} tokens)")
+        return "\n".join(lines)
 
 
 def _find_linker(triple: str, path: Path) -> str:
@@ -229,6 +232,7 @@ def describe(
             for name, tensor in parameters
         ],
         kv_cache=model.kv_layout(),
+        states=model.state_specs(),
         memory_usage=temporary,
         target=described["target"],
         isa=described["isa"],

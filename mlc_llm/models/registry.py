@@ -19,7 +19,10 @@ from mlc_llm.models import (
     qwen2,
     qwen2_moe,
     qwen3,
+    qwen3_5,
     qwen3_moe,
+    rwkv5,
+    rwkv6,
 )
 from mlc_llm.models.base import Family
 
@@ -36,7 +39,10 @@ _MODULES = (
     qwen2,
     qwen2_moe,
     qwen3,
+    qwen3_5,
     qwen3_moe,
+    rwkv5,
+    rwkv6,
 )
 FAMILIES: dict[str, Family] = {
     family.name: family
@@ -45,6 +51,7 @@ FAMILIES: dict[str, Family] = {
         bert.BGE,
         phi.MIXFORMER,
         qwen3.EMBEDDING,
+        qwen3_5.TEXT,
     )
 }
 

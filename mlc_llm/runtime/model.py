@@ -104,8 +104,10 @@ class CompiledRunner:
             assert step.state_slots is not None
             arrays.append(step.state_slots)
         inputs = [as_tensor(array) for array in self._staging.place(arrays)]
-        owned = [self._pages, self._state_tensors] if self._states else [self._pages]
-        rows: NDArray[np.float32] = as_array(self._run_step(*inputs, *owned, self._parameters)[0])
+        states = [inputs.pop(), self._state_tensors] if self._states else []
+        rows: NDArray[np.float32] = as_array(
+            self._run_step(*inputs, self._pages, *states, self._parameters)[0]
+        )
         self._bound_pool(rows.nbytes)
         return rows
 
