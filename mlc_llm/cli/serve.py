@@ -9,11 +9,9 @@ from __future__ import annotations
 import ipaddress
 import logging
 import os
-from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -24,9 +22,6 @@ from mlc_llm.cli.open_model import (
     OptOption,
     SourceQuantizationOption,
     ThreadsOption,
-    find_artifact,
-    find_library,
-    note_process,
     optimization_level,
     require_library,
     use_threads,
@@ -35,18 +30,14 @@ from mlc_llm.cli.options import (
     DeviceOption,
     LoraAdapterOption,
     parse_overrides,
-    read_caches,
     require_text,
 )
-from mlc_llm.cli.progress import show_progress
+from mlc_llm.cli.serve_models import Choice, open_models
 from mlc_llm.cli.terminal import say
-from mlc_llm.engine.config import SERVE_OVERRIDES, EngineConfig, apply_overrides, compile_overrides
+from mlc_llm.engine.config import SERVE_OVERRIDES, EngineConfig, apply_overrides
 from mlc_llm.errors import EngineStopped, ModelNotFound, OptionError
 
 if TYPE_CHECKING:
-    from mlc_llm.engine.embedding import EmbeddingModel
-    from mlc_llm.engine.open import OpenModel
-    from mlc_llm.prepare.processes import RunFile
     from mlc_llm.serve.options import AppOptions
 
 _KEY_VARIABLE = "MLC_LLM_API_KEY"
@@ -138,7 +129,9 @@ def serve(
     ] = None,
     embedding_model: Annotated[
         str | None,
-        typer.Option(metavar="MODEL", help="Model that answers /v1/embeddings."),
+        typer.Option(
+            metavar="MODEL", help="Model that answers /v1/embeddings; MODEL itself may be one."
+        ),
     ] = None,
     embedding_model_lib: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Its library, made by `compile`.")
@@ -199,23 +192,10 @@ def serve(
             "make it with mlc_llm compile"
         )
     use_threads(threads)
-    chosen = _Choice(
+    chosen = Choice(
         model, model_lib, embedding_model, embedding_model_lib, quantization, lora_adapter, level
     )
     _serve(chosen, device, config, name, options, host, port, drain_timeout)
-
-
-@dataclass(frozen=True)
-class _Choice:
-    """The models to serve and how they are made."""
-
-    model: str | None
-    library: Path | None
-    embedding_model: str | None
-    embedding_library: Path | None
-    quantization: str | None
-    lora_adapter: Path | None
-    opt: str
 
 
 def _seconds(name: str, value: float) -> float:
@@ -271,7 +251,7 @@ def _check_early(device: str, opt: str) -> None:
 
 
 def _serve(
-    chosen: _Choice,
+    chosen: Choice,
     device: str,
     config: EngineConfig,
     name: str,
@@ -294,15 +274,17 @@ def _serve(
     with ExitStack() as cleanup:
         for bound in sockets:
             cleanup.callback(bound.close)
-        opened, embedding, running = _open_models(chosen, device, config, cleanup)
-        if config.verbose:
-            say(str(opened.plan))
-        worker = EngineWorker(
-            opened.engine,
-            max_queued_requests=config.max_queued_requests,
-            request_timeout_s=config.request_timeout_s,
-        )
-        served = ServedModel.of(name, opened, worker)
+        opened, embedding, running = open_models(chosen, device, config, name, cleanup)
+        workers, served = [], None
+        if opened is not None:
+            if config.verbose:
+                say(str(opened.plan))
+            worker = EngineWorker(
+                opened.engine,
+                max_queued_requests=config.max_queued_requests,
+                request_timeout_s=config.request_timeout_s,
+            )
+            workers, served = [worker], ServedModel.of(name, opened, worker)
         traffic = Traffic()
         app = create_app(ServedModels(served, embedding), options, traffic)
 
@@ -313,7 +295,7 @@ def _serve(
 
         has_drained = serve(
             app,
-            [worker],
+            workers,
             traffic,
             sockets,
             drain_timeout_s=drain_timeout_s,
@@ -321,72 +303,3 @@ def _serve(
         )
     if not has_drained:
         raise EngineStopped("the server stopped before all its requests were finished")
-
-
-def _open_models(
-    chosen: _Choice, device: str, config: EngineConfig, cleanup: ExitStack
-) -> tuple[OpenModel, EmbeddingModel | None, RunFile]:
-    """Make what the models lack and load them; `cleanup` closes them and their run file."""
-    from mlc_llm.artifact import read_chat_config
-
-    caches = read_caches()
-    embedding = None
-    used: list[Path] = []
-    with show_progress() as progress:
-
-        def find(
-            model: str | None,
-            library: Path | None,
-            overrides_of: Callable[[Path], dict[str, Any]],
-            lora_adapter: Path | None = None,
-        ) -> tuple[Path, Path, dict[str, Any]]:
-            artifact = find_artifact(model, chosen.quantization, caches, progress, lora_adapter)
-            overrides = overrides_of(artifact)
-            if library is None:
-                library = find_library(
-                    artifact,
-                    device=device,
-                    opt=chosen.opt,
-                    overrides=overrides,
-                    caches=caches,
-                    progress=progress,
-                )
-            used.extend((artifact, library))
-            return artifact, library, overrides
-
-        if chosen.embedding_model is not None:
-            artifact, library, _ = find(
-                chosen.embedding_model,
-                chosen.embedding_library,
-                lambda _: {"model_task": "embedding"},
-            )
-            from mlc_llm.engine.embedding import open_embedding_model
-
-            embedding = open_embedding_model(
-                artifact,
-                library,
-                name=chosen.embedding_model,
-                device=device,
-                progress=progress.message,
-            )
-            cleanup.callback(embedding.close)
-        artifact, library, overrides = find(
-            chosen.model,
-            chosen.library,
-            lambda artifact: compile_overrides(config, read_chat_config(artifact)),
-            chosen.lora_adapter,
-        )
-        running = note_process("serve", chosen.model, caches, used)
-        cleanup.callback(running.close)
-        from mlc_llm.engine.open import open_model
-
-        opened = open_model(
-            artifact,
-            library,
-            config,
-            device=device,
-            overrides=overrides,
-            progress=progress.message,
-        )
-    cleanup.callback(opened.close)
-    return opened, embedding, running

@@ -12,7 +12,7 @@ from mlc_llm.device import free_memory_bytes, parse_device
 from mlc_llm.engine.capacity import MemoryPlan, plan_memory
 from mlc_llm.engine.config import EngineConfig
 from mlc_llm.engine.engine import Engine
-from mlc_llm.errors import LibraryMismatch, OptionError
+from mlc_llm.errors import LibraryMismatch, OptionError, UnsupportedModel
 from mlc_llm.runtime.library import load_library
 from mlc_llm.text.prompt import PromptBuilder, load_template
 from mlc_llm.text.tokenizer import Tokenizer
@@ -108,7 +108,15 @@ def check_library(
     where: str,
     task: str = "chat",
 ) -> None:
-    """Raise LibraryMismatch unless a library was compiled for this model, settings and task."""
+    """Raise LibraryMismatch unless a library was compiled for this model, settings and task.
+
+    Raises UnsupportedModel for a chat with a model that is for embeddings.
+    """
+    if task == "chat" and config.model_task == "embedding":
+        raise UnsupportedModel(
+            f"a {config.model_type} is a model for embeddings and cannot chat; let `mlc_llm serve` "
+            "answer v1/embeddings with it"
+        )
     if metadata.model_task != task:
         raise LibraryMismatch(
             f"{where} was compiled for the task {metadata.model_task}, not for {task}; compile it "

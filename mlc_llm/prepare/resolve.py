@@ -17,6 +17,7 @@ from mlc_llm.artifact import (
     CHAT_CONFIG_NAME,
     ChatConfig,
     read_chat_config,
+    read_json_object,
     read_tensor_index,
 )
 from mlc_llm.errors import (
@@ -50,6 +51,8 @@ if TYPE_CHECKING:
     from mlc_llm.weights.convert import ConvertSummary
 
 DEFAULT_QUANTIZATION = "q4f16_1"
+# Small models whose vectors lose more by fewer bits than there is to gain.
+ENCODER_QUANTIZATION = "q0f16"
 # The default for GGUF files whose weights are quantized: nothing is quantized twice.
 NATIVE_QUANTIZATION = "gguf"
 
@@ -98,15 +101,22 @@ def prepare_artifact(
     source = find_source(path)
     if quantization is None:
         is_native = lora_adapter is None and _keeps_codes(source, home)
-        quantization = NATIVE_QUANTIZATION if is_native else default
+        quantization = NATIVE_QUANTIZATION if is_native else _default_for(source, default)
     return _converted(source, quantization, lora_adapter, home, jit_policy, progress)
+
+
+def _default_for(source: Path, default: str) -> str:
+    """Return what a model is converted to where nobody says, read from its files alone."""
+    if source.is_dir() and read_json_object(source / "config.json").get("model_type") == "bert":
+        return ENCODER_QUANTIZATION
+    return default
 
 
 def usual_quantization(source: Path, default: str = DEFAULT_QUANTIZATION) -> str:
     """Return what a model is converted to where nobody says; reads headers alone."""
     if source.is_file() and has_codes(source):
         return NATIVE_QUANTIZATION
-    return default
+    return _default_for(source, default)
 
 
 def _keeps_codes(source: Path, home: CacheHome) -> bool:

@@ -15,7 +15,7 @@ from mlc_llm.artifact import read_json_object
 from mlc_llm.errors import CorruptFile, UnsupportedModel
 
 MODULES_NAME = "modules.json"
-_LIMITS_NAME = "sentence_bert_config.json"
+LIMITS_NAME = "sentence_bert_config.json"
 # Older files have a switch for each way of pooling; newer ones name it as pooling_mode.
 _SWITCHES = {
     "pooling_mode_cls_token": "cls",
@@ -49,7 +49,7 @@ def read_sentence_settings(directory: Path) -> SentenceSettings | None:
     pooling, is_normalized, max_len = None, False, None
     for kind, folder in _read_modules(path):
         if kind == "Transformer":
-            max_len = _read_max_len(directory / folder / _LIMITS_NAME)
+            max_len = _read_max_len(directory / folder / LIMITS_NAME)
         elif kind == "Pooling":
             pooling = _read_pooling(directory / folder / "config.json")
         elif kind == "Normalize":

@@ -61,7 +61,11 @@ class Program:
 
     def _read_config(self, artifact: Path) -> Any:
         return SimpleNamespace(
-            context_window_size=2048, prefill_chunk_size=2048, model_config={"max_batch_size": 80}
+            model_type="bert" if artifact.name == "bert" else "llama",
+            model_task="chat",
+            context_window_size=2048,
+            prefill_chunk_size=2048,
+            model_config={"max_batch_size": 80},
         )
 
     def _open_model(self, artifact: Path, library: Path, config: Any, **options: Any) -> Any:
@@ -188,9 +192,22 @@ def test_no_limit_of_time(program: Program) -> None:
     assert program.calls["worker"]["request_timeout_s"] is None
 
 
+def test_a_model_for_embeddings_is_served_alone(
+    program: Program, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert program.run("bert", "--port", "0", "--model-id", "vectors") == 0
+    assert program.calls["libraries"]["bert"]["overrides"] == {"model_task": "embedding"}
+    assert program.calls["embedding"]["name"] == "vectors"
+    assert program.calls["models"].chat is None
+    assert "open" not in program.calls and "worker" not in program.calls
+    assert program.closed == ["embedding"]
+    assert program.run("bert", "--port", "0", "--embedding-model", "other") == 2
+    assert "bert is a model for embeddings itself" in capsys.readouterr().err
+
+
 def test_an_embedding_model_is_opened_beside(program: Program) -> None:
     assert program.run("model", "--port", "0", "--embedding-model", "vectors") == 0
-    assert program.calls["artifacts"] == [("vectors", None), ("model", None)]
+    assert program.calls["artifacts"] == [("model", None), ("vectors", None)]
     assert program.calls["libraries"]["vectors"]["overrides"] == {"model_task": "embedding"}
     assert program.calls["embedding"]["name"] == "vectors"
     assert program.calls["models"].embedding is not None
