@@ -40,6 +40,7 @@ from mlc_llm.prepare.cache import (
 )
 from mlc_llm.prepare.hub import connect, explained, list_files
 from mlc_llm.prepare.progress import Progress
+from mlc_llm.prepare.sentence_transformers import LIMITS_NAME, MODULES_NAME
 from mlc_llm.prepare.transfer import (
     RemoteFile,
     Transfer,
@@ -57,6 +58,8 @@ _TOKENIZER_FILES = (
     CHAT_TEMPLATE_NAME,
 )
 _INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_SENTENCE_FILES = (MODULES_NAME, LIMITS_NAME)
+_SENTENCE_MODULE = re.compile(r"[0-9]_[A-Za-z]+/config\.json")
 _NUM_CONNECTIONS = 4
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 _REPO = re.compile(rf"(?P<user>{_NAME})/(?P<name>{_NAME})(/(?P<file>[^@]+))?(@(?P<revision>.+))?")
@@ -250,8 +253,9 @@ def select_files(names: Collection[str], ref: RepoRef) -> list[str]:
         return _matching(top, names_of_artifact + _TOKENIZER_FILES)
     weights = _matching(top, ("model*.safetensors",)) or _matching(top, ("pytorch_model*.bin",))
     if "config.json" in top and weights:
-        configs = ("config.json", "generation_config.json", *_INDEX_FILES)
-        return _matching(top, configs + _TOKENIZER_FILES) + weights
+        configs = ("config.json", "generation_config.json", *_INDEX_FILES, *_SENTENCE_FILES)
+        pooling = sorted(name for name in names if _SENTENCE_MODULE.fullmatch(name))
+        return _matching(top, configs + _TOKENIZER_FILES) + pooling + weights
     if len(ggufs) == 1 and ggufs[0] in top:
         return ggufs
     if ggufs:

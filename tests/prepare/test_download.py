@@ -423,6 +423,13 @@ def test_other_checkpoints_are_not_supported() -> None:
         select_files(["config.json", "consolidated.00.pth"], REF)
 
 
+def test_files_of_sentence_transformers_are_selected() -> None:
+    wanted = ["config.json", "modules.json", "sentence_bert_config.json", "vocab.txt"]
+    folders = ["1_Pooling/config.json", "onnx/config.json", "1_a/../config.json", "1_b/x.json"]
+    chosen = select_files([*wanted, *folders, "model.safetensors"], REF)
+    assert chosen == [*wanted, "1_Pooling/config.json", "model.safetensors"]
+
+
 def test_repository_without_a_model() -> None:
     with pytest.raises(ModelNotFound, match=r"not a model .* it holds README\.md, data\.csv"):
         select_files(["README.md", "data.csv", "sub/config.json"], REF)
