@@ -224,7 +224,7 @@ ARCHITECTURES = {
         },
         fields=_NO_RMS,
         numbers={"norm_epsilon": _LAYER_NORM},
-        constants={"hidden_act": "gelu_pytorch_tanh", "use_bias": True},
+        constants={"hidden_act": "gelu_pytorch_tanh"},
     ),
     "gpt2": Architecture(
         "gpt2",

@@ -163,6 +163,8 @@ def _add_special_cases(file: GGUFFile, config: dict[str, Any], head_dim: int) ->
         config["query_pre_attn_scalar"] = per_head if is_27b else head_dim
     if model_type == "stablelm":
         config["use_qkv_bias"] = "blk.0.attn_q.bias" in file.tensors
+    if model_type == "starcoder2":
+        config["use_bias"] = "blk.0.ffn_up.bias" in file.tensors
     if model_type == "gpt_neox":
         config["rotary_pct"] = config.pop("partial_rotary_factor")
     if model_type == "phi3":
