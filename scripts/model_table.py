@@ -1,0 +1,92 @@
+#!/usr/bin/env python3
+"""Write docs/models.md from the registry and the stored references; a test checks it was done.
+
+Run it after adding a family, a reference or a quantization: python scripts/model_table.py
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from mlc_llm.errors import UnsupportedModel
+from mlc_llm.models.base import Family
+from mlc_llm.models.registry import FAMILIES, find_family
+from mlc_llm.quantization.schemes import SCHEMES
+from mlc_llm.weights.gguf_architectures import ARCHITECTURES
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "models.md"
+# Where references are, and what the models in them are for.
+REFERENCES = {"chat": ROOT / "tests" / "references", "embedding": ROOT / "tests/encoder_references"}
+
+_HEAD = """\
+# Models
+
+This page is made by `scripts/model_table.py` from the registry of families and the references that
+are stored with the tests; do not edit it.
+
+A reference is a tiny checkpoint with random weights, and the logits or vectors that transformers
+computed for it; tests compare ours with them (`tests/models/test_parity.py`). A family without one is not proven that
+way. *GGUF* names the architectures of GGUF files that are read; all others come as safetensors or
+PyTorch files.
+
+| family | for | architectures | references | GGUF |
+|---|---|---|---|---|
+"""
+
+
+def render_page() -> str:
+    """Return the whole page."""
+    references = _references_by_family()
+    rows = [_row(family, references.get(family.name, [])) for family in _sorted_families()]
+    schemes = ", ".join(f"`{name}`" for name in SCHEMES)
+    text = f"{_HEAD}{''.join(rows)}\n{len(rows)} families, {_count(references)} references.\n"
+    return f"{text}\nQuantizations: {schemes}.\n"
+
+
+def _sorted_families() -> list[Family]:
+    return [FAMILIES[name] for name in sorted(FAMILIES)]
+
+
+def _row(family: Family, references: list[str]) -> str:
+    names = [
+        name for name, item in ARCHITECTURES.items() if item.class_name in family.architectures
+    ]
+    cells = (
+        f"`{family.name}`",
+        family.task,
+        ", ".join(f"`{name}`" for name in family.architectures),
+        ", ".join(f"`{name}`" for name in references) or "none",
+        ", ".join(f"`{name}`" for name in names),
+    )
+    return f"| {' | '.join(cells)} |\n"
+
+
+def _count(references: dict[str, list[str]]) -> int:
+    return sum(len(names) for names in references.values())
+
+
+def _references_by_family() -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for name, task, config in _stored_references():
+        try:
+            family = find_family(config, task=task)
+        except UnsupportedModel:
+            continue  # stored before its family is there
+        found.setdefault(family.name, []).append(name)
+    return found
+
+
+def _stored_references() -> Iterator[tuple[str, str, dict[str, object]]]:
+    """Yield name, task and config.json of each reference, in the order they were described."""
+    for task, directory in REFERENCES.items():
+        for case in json.loads((directory / "cases.json").read_text(encoding="utf-8")):
+            path = directory / case["name"] / "config.json"
+            if path.is_file():
+                yield case["name"], task, json.loads(path.read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    PAGE.write_text(render_page(), encoding="utf-8")
