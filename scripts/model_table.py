@@ -28,9 +28,9 @@ This page is made by `scripts/model_table.py` from the registry of families and 
 are stored with the tests; do not edit it.
 
 A reference is a tiny checkpoint with random weights, and the logits or vectors that transformers
-computed for it; tests compare ours with them (`tests/models/test_parity.py`). A family without one is not proven that
-way. *GGUF* names the architectures of GGUF files that are read; all others come as safetensors or
-PyTorch files.
+computed for it; tests compare ours with them (`tests/models/test_parity.py`). A family without one
+is not proven that way. *GGUF* names the architectures of GGUF files that are read; all others come
+as safetensors or PyTorch files.
 
 | family | for | architectures | references | GGUF |
 |---|---|---|---|---|
