@@ -25,7 +25,7 @@ _STAGGER, _NUM_STAGGERS = 64, 61
 
 
 def random_parameters(library: Library, bits: int, seed: int) -> list[NDArray[Any]]:
-    """Return random parameters packed for a library; `bits` is the width of quantized codes.
+    """Return random parameters packed for a library; `bits` is the width of integer codes, or 0.
 
     Before packing, all parameters of a kind share their memory, so that only the packed ones and
     the largest portable ones take space.
@@ -91,6 +91,8 @@ class RandomSource:
                 codes = random.integers(0, 2 * max_int, _TABLE_SIZE, np.uint32, endpoint=True)
                 words |= codes << np.uint32(position * self._bits)
             return words
+        if kind == "scales" and self._bits == 0:
+            return random.uniform(0.5, 1.5, _TABLE_SIZE)  # of 8-bit floats, which have the size
         if kind == "scales":
             # Codes are even over their range, so this gives weights of the wanted deviation.
             return random.uniform(1, 2.5, _TABLE_SIZE) * _WEIGHT_SCALE / (1 << (self._bits - 1))
@@ -101,7 +103,7 @@ class RandomSource:
 def _kind_of(spec: TensorSpec) -> str:
     if spec.dtype == "uint32":
         return "codes"
-    if spec.name.endswith(".q_scale"):
+    if spec.name.endswith((".q_scale", ".scales", ".weight_scale_inv")):
         return "scales"
     return "norms" if len(spec.shape) == 1 and not spec.name.endswith(".bias") else "weights"
 

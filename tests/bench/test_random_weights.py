@@ -56,6 +56,18 @@ def test_floats_have_the_magnitude_of_their_kind() -> None:
         assert abs(values.mean()) < 0.002 and 0.015 < values.std() < 0.025
 
 
+@pytest.mark.parametrize("scale", ["q_scale", "weight_scale_inv"])
+def test_eight_bit_floats_look_like_trained_ones(scale: str) -> None:
+    specs = [
+        TensorSpec("a.weight", (300, 100), "float8_e4m3fn"),
+        TensorSpec(f"a.{scale}", (300, 1), "float32"),
+    ]
+    source = RandomSource(specs, 0, seed=0)
+    codes, scales = (source.view(spec).astype(np.float32) for spec in specs)
+    assert (scales > 0.4).all()
+    assert 0.01 < (codes * scales).std() < 0.04
+
+
 def values_of(seed: int) -> list[NDArray[Any]]:
     scheme = SCHEMES["q4f16_1"]
     specs = quantized_specs(scheme, 8, 64) * 2
