@@ -71,7 +71,9 @@ class MixFormerConfig(PhiConfig):
     @classmethod
     def from_json(cls, model_config: Mapping[str, Any]) -> MixFormerConfig:
         """Build from an artifact's `model_config`."""
-        return super().from_json(cls._derive(cls._with_own_names(model_config)))
+        config = super().from_json(cls._derive(cls._with_own_names(model_config)))
+        assert isinstance(config, cls)
+        return config
 
     @classmethod
     def _derive(cls, config: dict[str, Any]) -> dict[str, Any]:

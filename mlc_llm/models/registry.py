@@ -8,6 +8,7 @@ from typing import Any
 from mlc_llm.errors import CorruptFile, OptionError, UnsupportedModel
 from mlc_llm.models import (
     bert,
+    deepseek_v2,
     gpt2,
     gpt_bigcode,
     gpt_neox,
@@ -28,6 +29,7 @@ from mlc_llm.models.base import Family
 
 _MODULES = (
     bert,
+    deepseek_v2,
     gpt2,
     gpt_bigcode,
     gpt_neox,
@@ -49,6 +51,7 @@ FAMILIES: dict[str, Family] = {
     for family in (
         *(module.FAMILY for module in _MODULES),
         bert.BGE,
+        deepseek_v2.V3,
         phi.MIXFORMER,
         qwen3.EMBEDDING,
         qwen3_5.TEXT,

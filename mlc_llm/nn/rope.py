@@ -128,7 +128,8 @@ def _yarn(rope: RopeConfig) -> Frequencies:
     places = np.arange(dim // 2, dtype=np.float32)
     ramp = np.clip((places - low) / ((high - low) or 0.001), 0, 1).astype(np.float32)
     interpolated = frequencies / np.float32(rope.number("factor"))
-    return (interpolated * ramp + frequencies * (1 - ramp)).astype(np.float32)
+    blended: Frequencies = (interpolated * ramp + frequencies * (1 - ramp)).astype(np.float32)
+    return blended
 
 
 def _yarn_attention(rope: RopeConfig) -> float:

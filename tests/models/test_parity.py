@@ -123,7 +123,11 @@ def test_every_tensor_of_the_checkpoint_is_used_once(case: ReferenceCase) -> Non
     family = find_family(config)
     plan = plan_parameters(family, family.config_from_huggingface(config), get_scheme("q0f32"))
     used = [source for item in plan for source in item.rule.sources]
-    assert sorted(used) == sorted(read_weights(case.directory))
+    # Keys and values of latent attention are one tensor there and two parameters here.
+    halves = [name for name in used if name.endswith("kv_b_proj.weight")]
+    assert all(halves.count(name) == 2 for name in halves)
+    once = [name for name in used if name not in halves]
+    assert sorted([*once, *set(halves)]) == sorted(read_weights(case.directory))
 
 
 @pytest.mark.cpu
