@@ -271,6 +271,7 @@ def convert_weights(
     from mlc_llm.weights.convert import convert
     from mlc_llm.weights.names import rename_tensors
     from mlc_llm.weights.open import open_source
+    from mlc_llm.weights.stacked_experts import split_experts
 
     scheme = get_scheme(quantization)
     origin = find_source(config_path)
@@ -283,8 +284,8 @@ def convert_weights(
     with contextlib.closing(open_source(source or origin, source_format, lora_adapter)) as opened:
         formats = find_layer_formats(opened, family, config, quantization)
         plan = plan_parameters(family, config, scheme, formats)
-        wanted = (name for item in plan for name in item.rule.sources)
-        weights = rename_tensors(opened, wanted, family.base_prefix)
+        wanted = [name for item in plan for name in item.rule.sources]
+        weights = split_experts(rename_tensors(opened, wanted, family.base_prefix), wanted)
         with storage_errors(output):
             output.mkdir(parents=True, exist_ok=True)
         progress.start(f"Converting {origin.name} to {quantization}", len(plan), "tensors")
