@@ -59,7 +59,7 @@ def _spread(name: str, values: np.ndarray) -> np.ndarray:
     """Move random values to where those of trained models are."""
     if name.endswith(("ln1.weight", "ln2.weight", "pre_ln.weight", "ln_x.weight", "ln_out.weight")):
         return 1 + values
-    if ".time_mix_" in name or ".time_maa_" in name and not name.endswith(("_w1", "_w2")):
+    if ".time_mix_" in name or (".time_maa_" in name and not name.endswith(("_w1", "_w2"))):
         return 0.5 + values
     # Decays between half and nearly all of a state.
     return 4 * values - 2 if name.endswith("time_decay") else values

@@ -18,6 +18,7 @@ import ml_dtypes
 import mlc_names_deepseek
 import mlc_names_gpt
 import mlc_names_moe
+import mlc_names_recurrent
 import numpy as np
 from numpy.typing import NDArray
 from numpy_model import head_size, read_weights, rope_parameters
@@ -139,6 +140,9 @@ def fuse(config: Mapping[str, Any], weights: Mapping[str, Array]) -> Iterator[tu
     if config["model_type"] in mlc_names_moe.MODEL_TYPES:
         yield from mlc_names_moe.fuse(config, weights)
         return
+    if config["model_type"] in mlc_names_recurrent.MODEL_TYPES:
+        yield from mlc_names_recurrent.fuse(config, weights)
+        return
     qkv = "self_attn.c_attn" if config["model_type"] == "qwen2" else "self_attn.qkv_proj"
     fused = {
         qkv: ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
@@ -211,9 +215,9 @@ def make_chat_config(
     is_mistral = config["model_type"] == "mistral"
     window = config.get("sliding_window") or -1 if is_mistral else -1
     # A sliding window stands in place of a context window.
-    positions = config.get("max_position_embeddings") or config.get("n_positions")
+    positions = config.get("max_position_embeddings") or config.get("n_positions") or -1
     context = positions if window == -1 else -1
-    chunk = min(max(context, window), 8192)
+    chunk = min(max(context, window), 8192) if max(context, window) > 0 else 4096
     vocab = set(tokenizer["model"]["vocab"])
     vocab.update(token["content"] for token in tokenizer.get("added_tokens", ()))
     return {
@@ -255,6 +259,9 @@ def make_model_config(
     if config["model_type"] in mlc_names_gpt.MODEL_TYPES:
         limits = {"context_window_size": context, "prefill_chunk_size": chunk}
         return {**mlc_names_gpt.model_config(config), **limits, "tensor_parallel_shards": 1}
+    if config["model_type"] in mlc_names_recurrent.MODEL_TYPES:
+        limits = {"context_window_size": context, "prefill_chunk_size": chunk}
+        return {**mlc_names_recurrent.model_config(config), **limits, "max_batch_size": 1}
     rope = rope_parameters(config)
     copied = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers")
     fields = {name: config[name] for name in (*copied, "rms_norm_eps", "vocab_size")}
