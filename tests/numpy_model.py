@@ -132,7 +132,7 @@ def _feed_forward(config: Mapping[str, Any], weights: Weights, prefix: str, hidd
     if renormalize:
         scores /= scores.sum(axis=1, keepdims=True)
     output = np.zeros_like(hidden)
-    for expert in range(scores.shape[1]):
+    for expert in np.flatnonzero(scores.any(axis=0)):
         [rows] = np.nonzero(scores[:, expert])
         result = _mlp(weights, f"{block}experts.{expert}.", hidden[rows], names)
         output[rows] += scores[rows, expert, None] * result

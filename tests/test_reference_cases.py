@@ -28,6 +28,10 @@ FEATURES = [
     ("gpt_neox", {"use_parallel_residual": False}),
     ("gpt_neox_sequential", {"use_parallel_residual": True}),
     ("gptj", {"rotary_dim": 4}),
+    ("mixtral", {"sliding_window": None}),
+    ("mixtral", {"num_experts_per_tok": 1}),
+    ("qwen2_moe", {"norm_topk_prob": True}),
+    ("qwen3_moe", {"norm_topk_prob": False}),
     ("qwen3_5", {"rms_norm_eps": 1e-2}),
     (
         "qwen3_5",

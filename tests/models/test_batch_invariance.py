@@ -5,8 +5,8 @@ The engine rests on this: it batches requests as they come, and computes again w
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ FLOAT = "O2;activations=float32"
 
 @dataclass(frozen=True)
 class Model:
-    """A tiny Llama with random weights; sizes are no multiples of what kernels like."""
+    """A tiny model with random weights; sizes are no multiples of what kernels like."""
 
     quantization: str
     kv_dtype: str = "auto"
@@ -44,11 +44,13 @@ class Model:
     has_bias: bool = False
     opt: str = "O2"
     device: str = "cpu"
+    architecture: str = "LlamaForCausalLM"
+    settings: Mapping[str, Any] = field(default_factory=dict)  # further ones of config.json
 
     def chat_config(self) -> ChatConfig:
         """Return what the compiler is given."""
         settings = {
-            "architectures": ["LlamaForCausalLM"],
+            "architectures": [self.architecture],
             "hidden_size": 80,
             "intermediate_size": 112,
             "num_attention_heads": self.heads[0],
@@ -60,6 +62,11 @@ class Model:
             "max_position_embeddings": 2048,
             "attention_bias": self.has_bias,
             "tie_word_embeddings": not self.has_bias,
+            "num_local_experts": 7,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 44,
+            "shared_expert_intermediate_size": 60,
+            **self.settings,
         }
         family = find_family(settings)
         config = family.config_from_huggingface(settings).with_overrides(
@@ -92,6 +99,19 @@ MODELS = {
     "q0f32": Model("q0f32", heads=(9, 3)),
     "q4f16_1 for AVX2": Model("q4f16_1", "int8", has_bias=True, device="x86-64-v3"),
     "q0f16 for any x86": Model("q0f16", "float32", device="x86-64"),
+    "q4f16_1 experts": Model("q4f16_1", architecture="MixtralForCausalLM"),
+    "q3f16_1 experts, float path": Model("q3f16_1", opt=FLOAT, architecture="Qwen3MoeForCausalLM"),
+    "q0bf16 experts": Model("q0bf16", architecture="Qwen2MoeForCausalLM"),
+    "q4f16_1, ALiBi": Model(
+        "q4f16_1",
+        heads=(6, 6),
+        architecture="BaichuanForCausalLM",
+        settings={"max_position_embeddings": None, "model_max_length": 2048},
+    ),
+    "q4f16_1, windows in turn": Model("q4f16_1", window=70, architecture="Gemma3ForCausalLM"),
+    "q8f16_1, layer norms of heads": Model(
+        "q8f16_1", architecture="CohereForCausalLM", settings={"use_qk_norm": True}
+    ),
 }
 
 

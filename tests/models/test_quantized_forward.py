@@ -25,7 +25,7 @@ from tiny_models import (
 )
 
 from mlc_llm.artifact import read_tensor_index
-from mlc_llm.models.plan import ParamPlan
+from mlc_llm.models.plan import ParamPlan, Stack
 from mlc_llm.models.registry import find_family
 from mlc_llm.quantization.apply import plan_parameters
 from mlc_llm.quantization.group import dequantize_group
@@ -57,6 +57,8 @@ def stored_weights(case: ReferenceCase, artifact: Path, scheme: Scheme) -> dict[
     for item in plan_parameters(family, family.config_from_huggingface(config), scheme):
         arrays = [index.read(spec.name) for spec in item.outputs]
         value = arrays[0] if len(arrays) == 1 else dequantize(item, arrays, scheme)
+        if isinstance(item.rule.combine, Stack):
+            value = value.reshape(-1, value.shape[-1])  # experts under each other
         sizes = [shapes[source][0] for source in item.rule.sources]
         parts = np.split(value, np.cumsum(sizes)[:-1])
         weights.update(zip(item.rule.sources, parts, strict=True))
@@ -68,8 +70,9 @@ def dequantize(item: ParamPlan, arrays: list[NDArray[Any]], scheme: Scheme) -> N
     if scheme.kind == "float8":
         named = {spec.name: array for spec, array in zip(item.outputs, arrays, strict=True)}
         return read_float8(named, item.name.removesuffix(".weight"))
-    transposed = scheme.layout == "KN" and "embed" not in item.name
-    return dequantize_group(*arrays, scheme, item.shape[1], transposed=transposed)
+    is_linear = len(item.shape) == 2 and "embed" not in item.name
+    transposed = scheme.layout == "KN" and is_linear
+    return dequantize_group(*arrays, scheme, item.shape[-1], transposed=transposed)
 
 
 def round_to_int8(x: NDArray[np.float64], group_size: int) -> NDArray[np.float64]:
@@ -165,6 +168,10 @@ def test_weights_that_are_no_integers_keep_exact_activations(
         ("llama_gqa", "q4f16_1"),
         ("llama_tied", "q4f16_1"),
         ("qwen2_gqa", "q4f16_1"),
+        ("mixtral", "q4f16_1"),
+        ("qwen2_moe", "q0bf16"),
+        ("qwen2_moe", "q3f16_1"),
+        ("qwen3_moe", "q4f16_0"),
     ],
 )
 def test_families_with_the_default_cache(
@@ -183,6 +190,20 @@ def test_families_with_the_default_path(
     model = Quantized(tiny_models, name, "q4f16_1")
     logits = model.compiled(INT8_OPT)
     assert relative_error(logits, model.expected_int8(monkeypatch)) < SAME_ROUNDING["float16"]
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize(
+    ("name", "quantization"),
+    [("mixtral", "q4f16_1"), ("qwen2_moe", "q8f16_1"), ("qwen3_moe", "q3f16_1")],
+)
+def test_families_with_experts(
+    tiny_models: TinyModels, name: str, quantization: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cache is float32: a rounding there can send a token to another expert."""
+    model = Quantized(tiny_models, name, quantization)
+    logits = model.compiled(INT8_OPT, kv_cache_dtype="float32")
+    assert relative_error(logits, model.expected_int8(monkeypatch)) < SAME_ROUNDING["float32"]
 
 
 @pytest.mark.cpu
