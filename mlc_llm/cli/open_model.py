@@ -35,7 +35,7 @@ SourceQuantizationOption = Annotated[
         "--quantization",
         metavar="NAME",
         help="Quantization for a model that is not converted yet "
-        "(q4f16_1 if left out, q8f16_1 for the demo model, q0f16 for BERT).",
+        "(if left out, gguf for GGUF files, q0f16 for BERT, else q4f16_1).",
     ),
 ]
 ModelLibOption = Annotated[
