@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from tvm.relax.frontend import nn
 
 from mlc_llm.kernels.cpu.attention import AttentionShape
@@ -49,18 +51,27 @@ class LayerNorm(nn.Module):
         return row_ops.layer_norm(x, self.weight, self.bias, self.eps, self.adds_one)
 
 
+class HeadLayerNorm(nn.Module):
+    """Layer norm of heads, each with its own scale and without shift; applied by `norm_heads`."""
+
+    def __init__(self, num_heads: int, head_dim: int, eps: float, dtype: str) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter((num_heads, head_dim), dtype)
+
+
 def norm_heads(
     qkv: nn.Tensor,
-    q_norm: RMSNorm,
-    k_norm: RMSNorm,
+    q_norm: RMSNorm | HeadLayerNorm,
+    k_norm: RMSNorm | HeadLayerNorm,
     shape: AttentionShape,
     *,
     is_whole: bool = False,
 ) -> nn.Tensor:
     """Return [q; k; v] (n, width) float32 with queries and keys normalised.
 
-    Every head by itself, with weights of one head for all of them (Qwen3), or all heads of a
-    token at once if `is_whole` (OLMo 2).
+    Every head by itself, with weights of one head for all of them (Qwen3) or of each (Cohere), or
+    all heads of a token at once if `is_whole` (OLMo 2).
     """
     heads, kv_heads, head_dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
     parts = (1, heads * head_dim, 1, kv_heads * head_dim)
@@ -69,11 +80,12 @@ def norm_heads(
     head_norm = HeadNorm(
         num_q=parts[0],
         q_width=parts[1],
-        q_items=int(q_norm.weight.shape[0]),
+        q_items=math.prod(int(extent) for extent in q_norm.weight.shape),
         num_k=parts[2],
         k_width=parts[3],
-        k_items=int(k_norm.weight.shape[0]),
+        k_items=math.prod(int(extent) for extent in k_norm.weight.shape),
         v_width=kv_heads * head_dim,
         eps=q_norm.eps,
+        is_centered=isinstance(q_norm, HeadLayerNorm),
     )
     return row_ops.norm_heads(qkv, q_norm.weight, k_norm.weight, head_norm)

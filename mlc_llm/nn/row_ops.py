@@ -9,6 +9,7 @@ import numpy as np
 from tvm.relax.frontend import nn
 
 from mlc_llm.kernels.cpu import activation as activation_kernels
+from mlc_llm.kernels.cpu import elementwise
 from mlc_llm.kernels.cpu import norm as norm_kernels
 from mlc_llm.kernels.cpu.norm import HeadNorm
 from mlc_llm.nn.activations import ACTIVATIONS
@@ -55,6 +56,22 @@ def gated(x: nn.Tensor, name: str, is_gate_first: bool = True) -> nn.Tensor | Ro
         return silu_mul(x)
     kernel = kernel_of(activation_kernels.gated, width, kind, is_gate_first)
     return emit(f"{kind}_mul", kernel, [x], [x.shape[0], width])
+
+
+def clip(x: nn.Tensor, bound: float) -> nn.Tensor:
+    """Return x within +-bound; x (n, width) float32."""
+    kernel = kernel_of(activation_kernels.clip, int(x.shape[1]), float(bound))
+    return emit("clip", kernel, [x], x.shape)
+
+
+def join(*parts: nn.Tensor) -> nn.Tensor:
+    """Return rows side by side: (n, width) float32 each -> (n, sum of widths)."""
+    joined, *rest = parts
+    for part in rest:
+        widths = int(joined.shape[1]), int(part.shape[1])
+        kernel = kernel_of(elementwise.join, *widths)
+        joined = emit("join", kernel, [joined, part], [part.shape[0], sum(widths)])
+    return joined
 
 
 def scale(x: nn.Tensor, factor: float) -> nn.Tensor:

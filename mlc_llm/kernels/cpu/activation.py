@@ -127,6 +127,16 @@ def scale(width: int, factor: float) -> Any:
     return _row_kernel(width, width, compute)
 
 
+def clip(width: int, bound: float) -> Any:
+    """Keep every item within +-bound: (n, width) float32 -> the same."""
+
+    def compute(x: Any, i: Any, row: Any, lanes: int) -> Any:
+        low, high = splat(T.float32(-bound), lanes), splat(T.float32(bound), lanes)
+        return T.max(T.min(x[row, span(i, lanes)], high), low)
+
+    return _row_kernel(width, width, compute)
+
+
 def soft_cap(width: int, cap: float) -> Any:
     """Bound every item: cap * tanh(x / cap), (n, width) float32 -> the same (Gemma 2)."""
 

@@ -125,6 +125,12 @@ def paged_attention(shape: AttentionShape) -> Any:
                 if is_tile:
                     reading.load_keys(pages, copy, places, kv_head)
                 steps.score(queries, source, places, factors, scores, kv_head, count * group)
+                if shape.alibi:
+                    for r in T.serial(count * group):
+                        steps.lower(
+                            *(scores, r, kv_head * group + r % group),
+                            *(positions[first + r // group], start),
+                        )
                 if _needs_mask(start, positions[first], positions[first + count - 1], window):
                     for r in T.serial(count * group):
                         steps.mask(scores, r, positions[first + r // group], start)

@@ -7,6 +7,7 @@ float32 buffers of a task; `attention.py` decides which tokens and keys a task h
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,14 +39,16 @@ class BlockSteps:
     relative to and their sum, sums (rows, 16) are the lanes of that sum while blocks are added.
 
     clear(acc, state, row). score(q, source, places, factors, scores, kv_head, rows).
-    mask(scores, row, position, start). raise_maximum(scores, state, sums, acc, row) and
-    weigh(scores, factors, state, sums, row) make weights of scores. add_values(scores, source,
-    places, acc, kv_head, rows, count). merge(part, part_state, i, acc, state, row) adds what row i
-    of a part has summed to `row`.
+    lower(scores, row, head, position, start) lowers scores by distance (ALiBi). mask(scores, row,
+    position, start). raise_maximum(scores, state, sums, acc, row) and weigh(scores, factors,
+    state, sums, row) make weights of scores. add_values(scores, source, places, acc, kv_head,
+    rows, count). merge(part, part_state, i, acc, state, row) adds what row i of a part has summed
+    to `row`.
     """
 
     clear: Any
     score: Any
+    lower: Any
     mask: Any
     raise_maximum: Any
     weigh: Any
@@ -170,6 +173,17 @@ def block_steps(
                 )
 
     @T.macro
+    def lower(
+        scores: T.handle, row: T.int32, head: T.int32, position: T.int32, start: T.int32
+    ) -> None:
+        for u in T.unroll(KEY_VECTORS):
+            scores[row, T.ramp(u * LANES, 1, LANES)] = multiply_add(
+                T.Cast(f"float32x{LANES}", T.ramp(start + u * LANES, 1, LANES) - splat(position)),
+                splat(_alibi_slope(head, shape.num_heads)),
+                scores[row, T.ramp(u * LANES, 1, LANES)],
+            )
+
+    @T.macro
     def mask(scores: T.handle, row: T.int32, position: T.int32, start: T.int32) -> None:
         for u in T.unroll(KEY_VECTORS):
             scores[row, T.ramp(u * LANES, 1, LANES)] = T.Select(
@@ -279,7 +293,7 @@ def block_steps(
                 lanes,
             )
 
-    return BlockSteps(clear, score, mask, raise_maximum, weigh, add_values, merge)
+    return BlockSteps(clear, score, lower, mask, raise_maximum, weigh, add_values, merge)
 
 
 def _finish_score(score: Any, factor: Any, is_int8: bool, soft_cap: float) -> Any:
@@ -293,6 +307,17 @@ def _finish_score(score: Any, factor: Any, is_int8: bool, soft_cap: float) -> An
         cap = soft_cap * LOG2_E
         score = splat(T.float32(cap)) - splat(T.float32(2 * cap)) / ratio
     return score
+
+
+def _alibi_slope(head: Any, num_heads: int) -> Any:
+    """Return how much a score falls with a token's distance, as a power of two like scores.
+
+    Press et al. 2022, section 3: a geometric series; where the number of heads is no power of two,
+    every second term of the next longer one follows.
+    """
+    whole = 2 ** int(math.log2(num_heads))
+    number = T.if_then_else(head < whole, 2 * (head + 1), 2 * (head - whole) + 1)
+    return exp2(T.Cast("float32", number) * T.float32(-4 / whole), 1) * T.float32(LOG2_E)
 
 
 def _visible(keys: Any, position: Any, window: int, sinks: int) -> Any:

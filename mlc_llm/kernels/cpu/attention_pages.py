@@ -35,6 +35,7 @@ class AttentionShape:
     window: int  # tokens a query sees, itself included; -1 sees all
     sinks: int = 0  # first tokens that every query sees in spite of the window
     soft_cap: float = 0.0  # scores become cap * tanh(score / cap); 0 leaves them (Gemma 2)
+    alibi: bool = False  # scores fall with distance, by a slope for each head
     span: int = KEY_VECTORS  # vectors for which registers suffice; 1 without AVX-512
 
     @property

@@ -144,3 +144,22 @@ def take_rows(width: int) -> Any:
                 out[i, j] = x[rows[i], j]
 
     return take_rows_kernel
+
+
+def join(first: int, second: int) -> Any:
+    """Put rows side by side: (n, first) and (n, second) float32 -> (n, first + second)."""
+
+    @T.prim_func(private=True, s_tir=True)
+    def join_kernel(x_handle: T.handle, y_handle: T.handle, out_handle: T.handle) -> None:
+        T.func_attr({"tirx.noalias": True})
+        n = T.int32()
+        x = T.match_buffer(x_handle, (n, first), "float32")
+        y = T.match_buffer(y_handle, (n, second), "float32")
+        out = T.match_buffer(out_handle, (n, first + second), "float32")
+        for row in T.serial(n):
+            for i in T.serial(first):
+                out[row, i] = x[row, i]
+            for i in T.serial(second):
+                out[row, first + i] = y[row, i]
+
+    return join_kernel

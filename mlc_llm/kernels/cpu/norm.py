@@ -60,7 +60,9 @@ def layer_norm(hidden_size: int, weight_dtype: str, eps: float, adds_one: bool) 
     one = 1.0 if adds_one else 0.0
 
     @T.macro
-    def normalise(x: T.handle, weight: T.handle, bias: T.handle, out: T.handle, row: T.int32):
+    def normalise(
+        x: T.handle, weight: T.handle, bias: T.handle, out: T.handle, row: T.int32
+    ) -> None:
         found = T.alloc_buffer((2,), "float32")
         statistics_of(x, found, row, 0)
         for i in T.serial(hidden_size // lanes):
