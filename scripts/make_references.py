@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import reference_layouts
 import rwkv_references
 import safetensors
 import tokenizers
@@ -88,6 +89,7 @@ def make_case(case: dict[str, Any]) -> dict[str, Any]:
         logits=logits,
         greedy_tokens=greedy_tokens,
     )
+    reference_layouts.rewrite(case, directory)
     return {
         "versions": {
             "python": platform.python_version(),
@@ -106,9 +108,10 @@ def load_model(case: dict[str, Any], directory: Path) -> Any:
     """Return the model of a checkpoint, to be called with token ids (1, n)."""
     if case["model_type"].startswith("rwkv"):
         return rwkv_references.PackageModel(directory)
-    return transformers.AutoModelForCausalLM.from_pretrained(
+    model = transformers.AutoModelForCausalLM.from_pretrained(
         directory, dtype=torch.float32, attn_implementation="eager"
     ).eval()
+    return reference_layouts.as_family(case, model)
 
 
 def write_checkpoint(case: dict[str, Any], directory: Path) -> None:
@@ -116,7 +119,9 @@ def write_checkpoint(case: dict[str, Any], directory: Path) -> None:
     if case["model_type"].startswith("rwkv"):
         rwkv_references.write_checkpoint(case, directory, random_tensor)
         return
-    config = transformers.AutoConfig.for_model(case["model_type"], **case["config"])
+    config = transformers.AutoConfig.for_model(
+        case.get("transformers_type", case["model_type"]), **case["config"]
+    )
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -138,15 +143,24 @@ def random_tensor(case: dict[str, Any], name: str, shape: tuple[int, ...]) -> np
     generator = np.random.default_rng([case["seed"], zlib.crc32(name.encode())])
     values = generator.standard_normal(shape, np.float32)
     if name.endswith(("norm.weight", "ln_1.weight", "ln_2.weight", "ln_f.weight")):
-        return 1 + NORM_STD * values
-    return (BIAS_STD if name.endswith(".bias") else case["weight_std"]) * values
+        return case.get("norm_mean", 1) + NORM_STD * values
+    if name.endswith(".bias"):
+        return BIAS_STD * values
+    # Where a table is scaled and also the output layer, its own token would always win.
+    std = case["weight_std"]
+    return (case.get("table_std", std) if "embed_tokens" in name else std) * values
 
 
 def to_old_style(config: dict[str, Any]) -> dict[str, Any]:
     """Rewrite a transformers 5 config.json as releases up to 4.55 wrote it."""
     old = dict(config)
     rope = dict(old.pop("rope_parameters"))
+    if "full_attention" in rope:
+        old["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        rope = dict(rope["full_attention"])
     old["rope_theta"] = rope.pop("rope_theta")
+    if "partial_rotary_factor" in rope:
+        old["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
     old["rope_scaling"] = None if rope == {"rope_type": "default"} else rope
     old["torch_dtype"] = old.pop("dtype")
     old["transformers_version"] = "4.44.0"

@@ -16,6 +16,7 @@ from typing import Any
 
 import ml_dtypes
 import mlc_names_deepseek
+import mlc_names_dense
 import mlc_names_gpt
 import mlc_names_moe
 import mlc_names_recurrent
@@ -131,6 +132,9 @@ def pack_artifact(
 
 def fuse(config: Mapping[str, Any], weights: Mapping[str, Array]) -> Iterator[tuple[str, Array]]:
     """Yield parameters under MLC names: [q; k; v] and [gate; up] are one matrix each."""
+    if config["model_type"] in mlc_names_dense.MODEL_TYPES:
+        yield from mlc_names_dense.fuse(config, weights)
+        return
     if config["model_type"] in mlc_names_deepseek.MODEL_TYPES:
         yield from mlc_names_deepseek.fuse(config, weights)
         return
@@ -253,6 +257,9 @@ def make_model_config(
     config: Mapping[str, Any], context: int, window: int, chunk: int
 ) -> dict[str, Any]:
     """Return the `model_config` object: the fields of MLC LLM's class of this architecture."""
+    if config["model_type"] in mlc_names_dense.MODEL_TYPES:
+        limits = {"context_window_size": context, "prefill_chunk_size": chunk}
+        return {**mlc_names_dense.model_config(config), **limits, "max_batch_size": 128}
     if config["model_type"] in mlc_names_deepseek.MODEL_TYPES:
         limits = {"context_window_size": context, "prefill_chunk_size": chunk}
         return {**mlc_names_deepseek.model_config(config), **limits, "max_batch_size": 128}

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import numpy_deepseek
+import numpy_dense
 import numpy_gpt
 import numpy_model
 import numpy_recurrent
@@ -17,6 +18,8 @@ def forward(
     config: Mapping[str, Any], weights: Mapping[str, NDArray[Any]], token_ids: Sequence[int]
 ) -> NDArray[np.float64]:
     """Return logits (n, vocab) of one sequence; weights have Hugging Face names, any dtype."""
+    if config["model_type"] in numpy_dense.MODEL_TYPES:
+        return numpy_dense.forward(config, weights, token_ids)
     if config["model_type"] in numpy_deepseek.MODEL_TYPES:
         return numpy_deepseek.forward(config, weights, token_ids)
     if config["model_type"] in numpy_gpt.MODEL_TYPES:

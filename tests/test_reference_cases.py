@@ -40,6 +40,28 @@ FEATURES = [
     ("rwkv5", {"head_size_divisor": 1}),
     ("rwkv5", {"layer_norm_epsilon": 1e-2}),
     ("rwkv6", {"layer_norm_epsilon": 1e-2}),
+    ("qwen3_bias_window_old_config", {"max_window_layers": 0}),
+    ("gemma2", {"attn_logit_softcapping": 50.0}),
+    ("gemma2", {"final_logit_softcapping": 30.0}),
+    ("gemma2", {"query_pre_attn_scalar": 16}),
+    ("gemma2_old_config", {"layer_types": ["full_attention"] * 2}),
+    ("gemma3_text", {"layer_types": ["sliding_attention"] * 3}),
+    ("gemma3_text_old_config", {"rope_local_base_freq": 1000000.0}),
+    ("gemma3_text_old_config", {"layer_types": ["sliding_attention"] * 6}),
+    ("phi3", {"sliding_window": None}),
+    ("phi3_longrope", {"max_position_embeddings": 512}),
+    ("phi3_longrope_old_config", {"rope_scaling": None}),
+    ("phi3_longrope_old_config", {"partial_rotary_factor": 1.0, "rope_scaling": None}),
+    ("olmo", {"clip_qkv": None}),
+    ("stablelm", {"layer_norm_eps": 1e-2}),
+    ("internlm", {"rotary": {"base": 10000.0}}),
+    ("minicpm", {"scale_emb": 1}),
+    ("minicpm", {"scale_depth": 1.0}),
+    ("minicpm", {"dim_model_base": 32}),
+    ("baichuan_alibi", {"max_position_embeddings": 256}),
+    ("cohere", {"logit_scale": 0.25}),
+    ("starcoder2", {"sliding_window": 10}),
+    ("chatglm", {"rope_ratio": 1.0}),
 ]
 
 
@@ -73,7 +95,19 @@ def test_feature_shows_in_logits(name: str, edit: dict[str, Any]) -> None:
     assert relative_error(logits, reference.logits) > 1e-3
 
 
-@pytest.mark.parametrize(("name", "count"), [("llama_attention_bias", 8), ("qwen2_gqa", 6)])
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("llama_attention_bias", 8),
+        ("qwen2_gqa", 6),
+        ("stablelm", 11),
+        ("internlm", 8),
+        ("orion", 5),
+        ("nemotron", 5),
+        ("starcoder2", 17),
+        ("chatglm", 2),
+    ],
+)
 def test_every_bias_shows_in_logits(name: str, count: int) -> None:
     case = get_case(name)
     reference = case.load()
@@ -103,7 +137,8 @@ def test_both_config_styles_are_there() -> None:
     old = [case.name for case in CASES if "torch_dtype" in case.config()]
     new = [case.name for case in CASES if "dtype" in case.config()]
     assert sorted(old + new) == sorted(case.name for case in CASES)
-    assert len(old) == 3
-    for name in old:
+    named = [case.name for case in CASES if case.name.endswith("_old_config")]
+    assert len(named) > 10 and set(named) <= set(old)
+    for name in named:
         config = get_case(name).config()
-        assert "rope_theta" in config and "dtype" not in config
+        assert "rope_theta" in config and "rope_parameters" not in config

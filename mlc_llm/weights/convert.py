@@ -28,7 +28,8 @@ _FORMAT_VERSION = 1
 
 # Buffers that older checkpoints store although programs compute them.
 _NO_PARAMETER = re.compile(
-    r"(^|\.)(rotary_emb\.(inv_freq|cos_cached|sin_cached)|masked_bias|attn\.bias|position_ids)$"
+    r"(^|\.)(rotary(_pos)?_emb\.(inv_freq|cos_cached|sin_cached)"
+    r"|masked_bias|attn\.bias|position_ids)$"
 )
 _HEAD_NAME = "lm_head.weight"
 

@@ -19,7 +19,7 @@ def convert_model(directory, quantization, output):
     family = find_family(source.config)
     config = family.config_from_huggingface(source.config)
     plan = plan_parameters(family, config, get_scheme(quantization))
-    convert(plan, source, output, lambda done, total, name: None)
+    convert(plan, source, output, lambda done, total, name: None, family.unused)
     return read_tensor_index(output)
 
 

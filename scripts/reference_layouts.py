@@ -1,0 +1,224 @@
+"""Rewrite checkpoints of transformers in the layouts of families that transformers does not have.
+
+Each of these families computes what an architecture of transformers computes; only the names, the
+order of rows and the configuration differ. Published checkpoints were the model for both.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file, save_file
+
+Config = dict[str, Any]
+Tensors = dict[str, np.ndarray]
+
+
+def rewrite(case: dict[str, Any], directory: Path) -> None:
+    """Rewrite the checkpoint in a directory as the family of the case stores it."""
+    layout = LAYOUTS.get(case["model_type"])
+    if layout is None:
+        return
+    config_path, weights_path = directory / "config.json", directory / "model.safetensors"
+    config = json.loads(config_path.read_text())
+    tensors = load_file(weights_path)
+    plain = {"transformers_version": "4.40.0", "torch_dtype": "float32"}
+    for name in (
+        "vocab_size",
+        "hidden_size",
+        "num_attention_heads",
+        "bos_token_id",
+        "eos_token_id",
+    ):
+        plain[name] = config[name]
+    fields, tensors = layout(case, config, tensors)
+    config_path.write_text(json.dumps({**plain, **fields}, indent=2, sort_keys=True) + "\n")
+    save_file(tensors, weights_path, metadata={"format": "pt"})
+
+
+def as_family(case: dict[str, Any], model: Any) -> Any:
+    """Return the model with what its family computes beyond the architecture of transformers."""
+    if case.get("normalized_head"):
+        head = model.lm_head.weight
+        head.data = torch.nn.functional.normalize(head.data)
+    if not case.get("alibi"):
+        return model
+    heads = case["config"]["num_attention_heads"]
+
+    def call(tokens: torch.Tensor, **options: Any) -> Any:
+        return model(tokens, attention_mask=_alibi(heads, tokens.shape[1]), **options)
+
+    return call
+
+
+def _alibi(heads: int, num_tokens: int) -> torch.Tensor:
+    """Return what ALiBi adds to scores, (1, heads, n, n): slopes times distances, and a mask.
+
+    Press et al. 2022. The model itself must be made without positions.
+    """
+    whole = 2 ** math.floor(math.log2(heads))
+    slopes = [2 ** (-8 * (i + 1) / whole) for i in range(whole)]
+    slopes += [2 ** (-4 * (2 * i + 1) / whole) for i in range(heads - whole)]
+    places = np.arange(num_tokens)
+    distance = places[None, :] - places[:, None]
+    bias = np.asarray(slopes)[:, None, None] * distance
+    bias = np.where(distance > 0, np.finfo(np.float32).min, bias)
+    return torch.from_numpy(bias.astype(np.float32))[None]
+
+
+def _llama_fields(config: Config) -> Config:
+    names = ("intermediate_size", "num_hidden_layers", "max_position_embeddings", "hidden_act")
+    kept = {name: config[name] for name in (*names, "rms_norm_eps", "num_key_value_heads")}
+    return {**kept, "tie_word_embeddings": config["tie_word_embeddings"]}
+
+
+def _internlm(case: dict[str, Any], config: Config, tensors: Tensors) -> tuple[Config, Tensors]:
+    fields = _llama_fields(config)
+    del fields["num_key_value_heads"]
+    base = config["rope_parameters"]["rope_theta"]
+    fields.update(architectures=["InternLMForCausalLM"], model_type="internlm", bias=True)
+    fields["rotary"] = {"base": base, "type": "dynamic"}
+    half = config["hidden_size"] // config["num_attention_heads"] // 2
+    for layer in range(config["num_hidden_layers"]):
+        name = f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"
+        tensors[name] = base ** -(np.arange(half, dtype=np.float32) / half)
+    return fields, tensors
+
+
+def _internlm2(case: dict[str, Any], config: Config, tensors: Tensors) -> tuple[Config, Tensors]:
+    fields = _llama_fields(config)
+    fields.update(architectures=["InternLM2ForCausalLM"], model_type="internlm2", bias=False)
+    fields["rope_theta"] = config["rope_parameters"]["rope_theta"]
+    fields["rope_scaling"] = {"type": "dynamic", "factor": 2.0}
+    kv_heads = config["num_key_value_heads"]
+    names = {
+        "self_attn.o_proj": "attention.wo",
+        "mlp.gate_proj": "feed_forward.w1",
+        "mlp.down_proj": "feed_forward.w2",
+        "mlp.up_proj": "feed_forward.w3",
+        "input_layernorm": "attention_norm",
+        "post_attention_layernorm": "ffn_norm",
+        "model.embed_tokens": "model.tok_embeddings",
+        "lm_head": "output",
+    }
+    written = {}
+    for name, tensor in tensors.items():
+        if name.endswith("q_proj.weight"):
+            # The queries of each KV head, then its key, then its value.
+            parts = [tensors[name.replace("q_proj", f"{part}_proj")] for part in "qkv"]
+            grouped = [part.reshape(kv_heads, -1, part.shape[1]) for part in parts]
+            joined = np.concatenate(grouped, axis=1).reshape(-1, tensor.shape[1])
+            written[name.replace("self_attn.q_proj", "attention.wqkv")] = joined
+        elif not name.endswith(("k_proj.weight", "v_proj.weight")):
+            written[_replace(name, names)] = tensor
+    return fields, written
+
+
+def _baichuan(case: dict[str, Any], config: Config, tensors: Tensors) -> tuple[Config, Tensors]:
+    fields = _llama_fields(config)
+    del fields["num_key_value_heads"]
+    fields.update(architectures=["BaichuanForCausalLM"], model_type="baichuan")
+    fields["model_max_length"] = fields["max_position_embeddings"]
+    if case.get("alibi"):
+        del fields["max_position_embeddings"]
+    written = {}
+    for name, tensor in tensors.items():
+        if name.endswith("q_proj.weight"):
+            parts = [tensors[name.replace("q_proj", f"{part}_proj")] for part in "qkv"]
+            written[name.replace("q_proj", "W_pack")] = np.concatenate(parts)
+        elif not name.endswith(("k_proj.weight", "v_proj.weight")):
+            written[name] = tensor
+    if case.get("normalized_head"):
+        fields["z_loss_weight"] = 0
+    return fields, written
+
+
+def _orion(case: dict[str, Any], config: Config, tensors: Tensors) -> tuple[Config, Tensors]:
+    fields = _llama_fields({**config, "rms_norm_eps": config["layer_norm_eps"]})
+    fields.update(architectures=["OrionForCausalLM"], model_type="orion", attention_bias=False)
+    fields["rope_theta"] = config["rope_parameters"]["rope_theta"]
+    return fields, tensors
+
+
+def _minicpm(case: dict[str, Any], config: Config, tensors: Tensors) -> tuple[Config, Tensors]:
+    fields = _llama_fields(config)
+    # Published configurations leave to the program that the output layer is the table.
+    if fields["tie_word_embeddings"]:
+        del fields["tie_word_embeddings"]
+    depth = config["residual_multiplier"] * math.sqrt(config["num_hidden_layers"])
+    fields.update(
+        architectures=["MiniCPMForCausalLM"],
+        model_type="minicpm",
+        scale_emb=config["embedding_multiplier"],
+        scale_depth=round(depth, 6),
+        dim_model_base=round(config["hidden_size"] / config["logits_scaling"]),
+    )
+    return fields, tensors
+
+
+def _chatglm(case: dict[str, Any], config: Config, tensors: Tensors) -> tuple[Config, Tensors]:
+    rope = config["rope_parameters"]
+    fields = {
+        "architectures": ["ChatGLMModel"],
+        "model_type": "chatglm",
+        "num_layers": config["num_hidden_layers"],
+        "padded_vocab_size": config["vocab_size"],
+        "ffn_hidden_size": config["intermediate_size"],
+        "kv_channels": config["head_dim"],
+        "seq_length": config["max_position_embeddings"],
+        "layernorm_epsilon": config["rms_norm_eps"],
+        "multi_query_attention": True,
+        "multi_query_group_num": config["num_key_value_heads"],
+        "add_qkv_bias": config["attention_bias"],
+        "add_bias_linear": False,
+        "rmsnorm": True,
+        "post_layer_norm": True,
+        "original_rope": True,
+        "apply_residual_connection_post_layernorm": False,
+        "rope_ratio": rope["rope_theta"] / 10000.0,
+        "tie_word_embeddings": False,
+    }
+    names = {
+        "model.embed_tokens": "transformer.embedding.word_embeddings",
+        "model.norm": "transformer.encoder.final_layernorm",
+        "lm_head": "transformer.output_layer",
+        "model.layers": "transformer.encoder.layers",
+        "self_attn.o_proj": "self_attention.dense",
+        "mlp.gate_up_proj": "mlp.dense_h_to_4h",
+        "mlp.down_proj": "mlp.dense_4h_to_h",
+    }
+    half = config["head_dim"] // 4
+    frequencies = 10000.0 ** -(np.arange(half, dtype=np.float32) / half)
+    written = {"transformer.rotary_pos_emb.inv_freq": frequencies}
+    for name, tensor in tensors.items():
+        if ".q_proj." in name:
+            parts = [tensors[name.replace("q_proj", f"{part}_proj")] for part in "qkv"]
+            joined = name.replace("self_attn.q_proj", "self_attention.query_key_value")
+            written[_replace(joined, names)] = np.concatenate(parts)
+        elif not re.search(r"\.[kv]_proj\.", name):
+            written[_replace(name, names)] = tensor
+    return fields, written
+
+
+def _replace(name: str, names: dict[str, str]) -> str:
+    for ours, theirs in names.items():
+        name = name.replace(ours, theirs)
+    return name
+
+
+Layout = Callable[[dict[str, Any], Config, Tensors], tuple[Config, Tensors]]
+LAYOUTS: dict[str, Layout] = {
+    "internlm": _internlm,
+    "internlm2": _internlm2,
+    "baichuan": _baichuan,
+    "orion": _orion,
+    "minicpm": _minicpm,
+    "chatglm": _chatglm,
+}
