@@ -43,7 +43,7 @@ def main() -> None:
 
     threads = export_num_threads(options.threads)  # before TVM's threads start
     from mlc_llm.bench.random_weights import random_parameters
-    from mlc_llm.bench.workloads import check_workloads, num_pages_of
+    from mlc_llm.bench.workloads import check_workloads, num_pages_of, num_state_slots_of
     from mlc_llm.quantization.schemes import get_scheme
     from mlc_llm.runtime.library import load_library
     from mlc_llm.runtime.model import CompiledRunner
@@ -54,10 +54,11 @@ def main() -> None:
     metadata = library.metadata
     check_workloads(workloads, metadata, None)
     parameters = random_parameters(library, get_scheme(metadata.quantization).bits, seed=0)
+    slots = num_state_slots_of(workloads)
     num_pages = num_pages_of(workloads, metadata.kv_cache.page_size)
     clock = Clock()
-    plain = CompiledRunner(library, parameters, num_pages)
-    clocked = CompiledRunner(clock.watch(library), parameters, num_pages)
+    plain = CompiledRunner(library, parameters, num_pages, slots)
+    clocked = CompiledRunner(clock.watch(library), parameters, num_pages, slots)
     machine = Machine() if options.no_machine else Machine.measure(threads)
     weight_mb = sum(array.nbytes for array in parameters) / 1e6
     print(f"{options.model}, {metadata.quantization}, {weight_mb:.0f} MB packed, {threads} threads")
@@ -292,7 +293,7 @@ def describe(
     kind = name.rstrip("0123456789")
     out_shape = arguments[-1][0]
     layout = runner.metadata.kv_cache
-    token_bytes = layout.bytes_per_token // layout.num_layers
+    token_bytes = layout.bytes_per_token // max(layout.num_layers, 1)
     num_tokens = len(step.token_ids)
     total = 0
     for shape, item_bytes in arguments:

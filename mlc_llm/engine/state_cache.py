@@ -37,6 +37,7 @@ class StateCache:
     def __init__(
         self, cache: PrefixCache | None, page_size: int, num_sequences: int, num_snapshots: int
     ) -> None:
+        assert num_snapshots >= 0, "the runner has fewer slots than sequences"
         self._cache, self._page_size = cache, page_size
         self._num_slots = num_sequences + num_snapshots
         self._max_snapshots = 0 if cache is None else num_snapshots
