@@ -49,7 +49,7 @@ def quality() -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("quantization", ["q8f16_1", "q4f16_1"])
+@pytest.mark.parametrize("quantization", ["gguf", "q8f16_1", "q4f16_1"])
 def test_distributions_stay_close(
     quality: ModuleType, program: Program, demo_gguf: Path, quantization: str
 ) -> None:

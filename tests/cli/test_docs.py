@@ -104,7 +104,7 @@ def test_the_readme_shows_every_command(group: Any) -> None:
 
 def test_the_readme_lists_every_quantization() -> None:
     text = PAGES[0].read_text(encoding="utf-8")
-    listed = re.findall(r"`(q\d\w+)`", text.partition("**Quantizations**")[2])
+    listed = re.findall(r"`(\w+)`", text.partition("**Quantizations**")[2].partition("\n- ")[0])
     assert sorted(listed) == sorted(SCHEMES)
 
 
