@@ -104,7 +104,7 @@ def test_longrope_has_factors_for_short_and_long(kind) -> None:
 def test_unknown_scaling_is_named() -> None:
     with pytest.raises(UnsupportedModel, match=r"'spiral' is not supported; supported: .*llama3"):
         RopeConfig(10000.0, 32, {"rope_type": "spiral", "factor": 2.0}).inverse_frequencies()
-    with pytest.raises(CorruptFile, match="'linear' has missing or wrong values.*factor"):
+    with pytest.raises(CorruptFile, match=r"'linear' has missing or wrong values.*factor"):
         RopeConfig(10000.0, 32, {"rope_type": "linear"}).inverse_frequencies()
     assert scaling_kind({"type": "yarn"}) == "yarn"
     assert scaling_kind(None) == scaling_kind({"factor": 2}) == "default"

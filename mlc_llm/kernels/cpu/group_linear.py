@@ -18,9 +18,7 @@ from mlc_llm.kernels.cpu.linear import ROWS, bias_of, num_blocks, portable_array
 from mlc_llm.kernels.cpu.vector_math import LANES
 
 
-def widen_codes(
-    rows: int, in_features: int, form: GroupFormat, experts: int | None = None
-) -> Any:
+def widen_codes(rows: int, in_features: int, form: GroupFormat, experts: int | None = None) -> Any:
     """Pack 3-bit words as 4-bit ones: portable words -> packed words of `with_byte_codes()`.
 
     experts: as for `linear.interleave`.
