@@ -67,7 +67,7 @@ SOURCES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "missing": (remove_all, "does not exist"),
     "empty": (empty, "is empty"),
     "not a model": (only_a_note, "is not a model"),
-    "unsupported": (set_architecture, "MambaForCausalLM is not supported; supported: LlamaFor"),
+    "unsupported": (set_architecture, "MambaForCausalLM is not supported; supported: "),
     "truncated weights": (lambda d: cut(d / "model.safetensors", 300_000), "is truncated"),
     "corrupt weights": (lambda d: change(d / "model.safetensors", 9, b"\xff" * 99), "safetensors"),
     "truncated tokenizer": (lambda d: cut(d / "tokenizer.json", 3000), "is not a tokenizer"),
@@ -282,5 +282,5 @@ def test_overrides_that_do_not_fit(
 
 @pytest.mark.cpu
 def test_context_that_no_memory_holds(program: Program, artifact: Path) -> None:
-    overrides = ("--overrides", "context_window_size=99999999999")
+    overrides = ("--overrides", "context_window_size=2000000000")
     program.refuse("chat", artifact, *overrides, *ASK, words="lower context_window_size")
