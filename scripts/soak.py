@@ -37,8 +37,8 @@ NUM_SEQUENCES = 6
 MAX_QUEUED = 8
 CACHE_TOKENS = 4096
 STUCK_S = 90.0
-# Memory settles after about 400 actions, however long they take.
-WARM_UP_ACTIONS = 600
+# Memory settles after about as many actions, however long they take.
+WARM_UP_ACTIONS = 400
 WARM_UP_PROMPTS = 6  # of at least 800 tokens: more than the cache holds
 SERVER = (
     *("serve", "--port", "0", "--mode", "server", "--max-queued-requests", str(MAX_QUEUED)),
