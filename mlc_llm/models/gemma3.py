@@ -48,11 +48,14 @@ class Gemma3Config(Gemma2Config):
 
     @classmethod
     def _with_own_names(cls, config: Mapping[str, Any]) -> dict[str, Any]:
-        given = {name: value for name, value in config.items() if value not in (None, -1)}
-        merged = {**(config.get("text_config") or {}), **given}
+        if config.get("text_config"):
+            # Limits beside it are -1 where they are those of the text part.
+            given = {name: value for name, value in config.items() if value not in (None, -1)}
+            config = {**config["text_config"], **given}
         # MLC LLM writes 0 where there is no scaling.
-        merged["rope_scaling"] = merged.get("rope_scaling") or None
-        return super()._with_own_names(merged)
+        return super()._with_own_names(
+            {**config, "rope_scaling": config.get("rope_scaling") or None}
+        )
 
     @classmethod
     def huggingface_fields(cls, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,8 @@ import pytest
 from mlc_names_dense import MODEL_TYPES, model_config
 from reference_cases import CASES, ReferenceCase
 
-from mlc_llm.models.registry import find_family
+from mlc_llm.errors import CorruptFile, UnsupportedModel
+from mlc_llm.models.registry import find_family, get_family
 
 # Limits, and what only the checkpoint's configuration or our own artifacts say.
 LEFT_OUT = {
@@ -48,3 +49,61 @@ def test_our_own_fields_read_back(case: ReferenceCase) -> None:
     again = family.config_from_json(config.to_json())
     assert [again.window_of(i) for i in layers] == [config.window_of(i) for i in layers]
     assert [again.rope_of(i) for i in layers] == [config.rope_of(i) for i in layers]
+
+
+def test_window_that_was_switched_off_stays_off() -> None:
+    case = next(case for case in DENSE if case.name == "gemma3_text")
+    family = find_family(case.config())
+    config = family.config_from_huggingface(case.config())
+    assert config.window_of(0) == 8
+    whole = config.with_overrides({"sliding_window_size": -1})
+    again = family.config_from_json(whole.to_json())
+    assert [again.window_of(layer) for layer in range(3)] == [-1, -1, -1]
+
+
+def test_text_part_beside_a_model_of_images() -> None:
+    """Published configurations leave out what is usual; MLC LLM puts -1 for limits of the text."""
+    text = {
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "num_hidden_layers": 34,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "sliding_window": 1024,
+    }
+    published = {"architectures": ["Gemma3ForConditionalGeneration"], "text_config": text}
+    family = find_family(published)
+    config = family.config_from_huggingface(published)
+    heads = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+    assert heads == (8, 4, 256) and config.vocab_size == 262208
+    assert config.context_window_size == 131072 and config.tie_word_embeddings
+    assert [config.window_of(layer) for layer in (4, 5, 6)] == [1024, -1, 1024]
+    assert [config.rope_of(layer) for layer in (4, 5, 6)] == [1, 0, 1]
+    stored = {**text, "context_window_size": 8192, "sliding_window_size": 512, "rope_scaling": 0}
+    limits = {"context_window_size": -1, "sliding_window_size": -1, "vocab_size": 262145}
+    theirs = family.config_from_json({"text_config": stored, **limits})
+    assert (theirs.context_window_size, theirs.vocab_size) == (8192, 262145)
+    assert theirs.window_of(0) == 512 and theirs.rope_scaling is None
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields", "message"),
+    [
+        ("stablelm", {"qk_layernorm": True}, "qk_layernorm=True is not supported"),
+        ("stablelm", {"use_parallel_residual": True}, "use_parallel_residual=True"),
+        ("minicpm", {"num_experts": 8}, "num_experts is not supported"),
+        ("chatglm", {"apply_residual_connection_post_layernorm": True}, "post_layernorm=True"),
+    ],
+)
+def test_what_is_not_computed_is_refused(
+    model_type: str, fields: dict[str, object], message: str
+) -> None:
+    config = next(case for case in DENSE if case.model_type == model_type).config()
+    with pytest.raises(UnsupportedModel, match=message):
+        get_family(model_type).config_from_huggingface({**config, **fields})
+
+
+def test_layer_types_must_fit_the_layers() -> None:
+    config = next(case for case in DENSE if case.name == "gemma2").config()
+    for kinds in (["full_attention"], ["full_attention", "linear", "full_attention"]):
+        with pytest.raises(CorruptFile, match="layer_types must name sliding_attention"):
+            get_family("gemma2").config_from_huggingface({**config, "layer_types": kinds})
