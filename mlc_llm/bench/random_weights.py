@@ -6,7 +6,8 @@ that nothing overflows; what the model says is noise.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,8 @@ from mlc_llm.runtime.parameters import pack_parameters
 _WEIGHT_SCALE = 0.02
 _TABLE_SIZE = 1 << 16  # as many as an uint16 can choose from
 _CHUNK = 1 << 20
+# What configurations call the number of experts.
+_NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 # Parameters of one kind begin at different places of the same values. In elements, keeps alignment.
 _STAGGER, _NUM_STAGGERS = 64, 61
 
@@ -37,15 +40,29 @@ def random_parameters(library: Library, bits: int, seed: int) -> list[NDArray[An
     return [_own(array) if source.shares(array) else array for array in packed]
 
 
-def weight_bytes_of(specs: Sequence[TensorSpec], parameters: Sequence[NDArray[Any]]) -> int:
-    """Return the bytes of packed parameters that a decode step reads.
+def weight_bytes_of(
+    specs: Sequence[TensorSpec],
+    parameters: Sequence[NDArray[Any]],
+    model_config: Mapping[str, Any] = MappingProxyType({}),
+) -> int:
+    """Return the bytes of packed parameters that a decode step of one sequence reads.
 
-    All of them, but for the embedding table where the output layer has weights of its own: then
-    only rows of it are read.
+    All of them, but for the embedding table where the output layer has weights of its own, of which
+    only rows are read, and experts (stacked in arrays of three dimensions) that a token has not.
     """
     total = sum(array.nbytes for array in parameters)
     if any(spec.name.startswith("lm_head.") for spec in specs):
         total -= sum(spec.size_bytes for spec in specs if ".embed_tokens." in spec.name)
+    found = (model_config.get(name) for name in _NUM_EXPERTS)
+    num_experts = next((count for count in found if count), None)
+    if num_experts:
+        idle = num_experts - (model_config.get("num_experts_per_tok") or num_experts)
+        shapes = ((spec.shape, spec.size_bytes) for spec in specs)
+        total -= sum(
+            size // num_experts * idle
+            for shape, size in shapes
+            if len(shape) == 3 and shape[0] == num_experts
+        )
     return total
 
 

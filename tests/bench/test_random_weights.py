@@ -99,3 +99,12 @@ def test_an_untied_embedding_table_is_not_read() -> None:
     norm = np.zeros(8, np.float16)
     assert weight_bytes_of([table, head, other], [packed, packed, norm]) == 160 + 16
     assert weight_bytes_of([table, other], [packed, norm]) == 160 + 16
+
+
+def test_experts_that_a_token_has_not_are_not_read() -> None:
+    experts = TensorSpec("model.layers.0.moe.e2.q_weight", (8, 10, 4), "uint32")
+    other = TensorSpec("model.layers.0.moe.gate.weight", (8, 4), "float16")
+    parameters = [np.zeros(experts.shape, np.uint32), np.zeros(other.shape, np.float16)]
+    specs, config = [experts, other], {"num_local_experts": 8, "num_experts_per_tok": 2}
+    assert weight_bytes_of(specs, parameters) == 8 * 160 + 64
+    assert weight_bytes_of(specs, parameters, config) == 2 * 160 + 64
