@@ -31,14 +31,6 @@ SCHEMES = (
     *("q0f16", "q0bf16", "gguf", "q8f16_1", "e4m3_e4m3_f16", "e5m2_e5m2_f16"),
     *("fp8_e4m3fn_bf16_block_scale", "q4f32_1", "q4f16_1", "q4bf16_1", "q4f16_2", "q3f16_1"),
 )
-# What another name stands for, which differs in nothing but the order of arrays in files.
-SAME = {
-    "q4f16_0": "q4f16_1",
-    "q4bf16_0": "q4bf16_1",
-    "q3f16_0": "q3f16_1",
-    "e4m3_e4m3_f16_max_calibrate": "e4m3_e4m3_f16",
-    "fp8_e4m3fn_bf16_block_scale_static_activation": "fp8_e4m3fn_bf16_block_scale",
-}
 
 
 @dataclass(frozen=True)
