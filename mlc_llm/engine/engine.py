@@ -118,6 +118,8 @@ class Engine:
         if request.n < 1:
             raise RequestError(f"n must be at least 1, is {request.n}", "n")
         request.params.check_vocabulary(self.vocab_size)
+        if request.grammar is not None:
+            raise RequestError("this engine was made without grammars", "response_format")
 
     def add(self, request: Request) -> RequestStats:
         """Queue a request and return its statistics, which `step` keeps up to date.

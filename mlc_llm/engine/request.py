@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from mlc_llm.engine.grammar import GrammarSpec
 from mlc_llm.engine.metrics import RequestStats
 from mlc_llm.engine.sampling import SamplingParams
 from mlc_llm.errors import MlcError
@@ -20,7 +21,8 @@ class Request:
     prompt: at least one token id. stop_token_ids end a sequence and are not part of its output.
     priority: lower ones are served first, equal ones in order of arrival. cache_salt: only
     requests with the same salt share cached prompt pages. prompt_logprobs: number of likeliest
-    tokens to report at each place of the prompt (0 for the prompt's own token alone).
+    tokens to report at each place of the prompt (0 for the prompt's own token alone). grammar: what
+    the text of each sequence must match; a sequence whose grammar ends has met a stop.
     """
 
     request_id: str
@@ -31,6 +33,7 @@ class Request:
     priority: int = 0
     cache_salt: str = ""
     prompt_logprobs: int | None = None
+    grammar: GrammarSpec | None = None
 
 
 @dataclass(frozen=True)
