@@ -380,6 +380,7 @@ class LibraryMetadata:
     model_config: dict[str, Any] = field(default_factory=dict)
     embedding_metadata: dict[str, Any] | None = None
     states: list[TensorSpec] = field(default_factory=list)  # recurrent state: tensors of one slot
+    unused_modules: list[str] = field(default_factory=list)  # ends of paths, see Family
 
     def to_json(self) -> str:
         """Return the JSON text stored in the library."""

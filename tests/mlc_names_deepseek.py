@@ -1,7 +1,7 @@
 """Parameter names and layouts that MLC LLM gives DeepSeek V2 and V3.
 
-Part of the independent packer: shares no code with mlc_llm. `kv_b_proj` itself, which MLC LLM
-stores beside its two halves, is left out, as in our files.
+Part of the independent packer: shares no code with mlc_llm. Beside the two halves of `kv_b_proj`,
+which alone are computed with, MLC LLM stores it whole.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ def fuse(config: Mapping[str, Any], weights: Weights) -> Iterator[tuple[str, Arr
     for name, weight in weights.items():
         prefix = name.removesuffix("kv_b_proj.weight")
         if prefix != name:
+            yield name, weight
             by_head = np.split(weight, heads)
             yield prefix + "w_uk", np.stack([rows[:nope].T for rows in by_head])
             yield prefix + "w_uv", np.stack([rows[nope:] for rows in by_head])

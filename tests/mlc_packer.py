@@ -175,7 +175,8 @@ def quantize(name: str, weight: Array, form: Format) -> Iterator[tuple[str, Arra
         yield from form.store(name, weight)
         return
     is_gate = name.endswith("gate.weight") and len(weight) <= 256
-    if form.bits == 0 or weight.ndim < 2 or is_gate:
+    is_layer = weight.ndim > 1 and name.endswith(".weight")  # others are raw parameters
+    if form.bits == 0 or not is_layer or is_gate:
         yield name, weight
         return
     base = name.removesuffix(".weight")

@@ -240,6 +240,7 @@ def describe(
         model_task=task,
         model_config=shape.to_json(),
         embedding_metadata=None if family.embedding is None else dict(family.embedding),
+        unused_modules=list(family.unused_modules),
     )
 
 

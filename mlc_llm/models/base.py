@@ -284,7 +284,8 @@ class Family:
     dimension; every other parameter has the name that Hugging Face gives it. special returns the
     rule of a parameter that is made in another way, None for all others. base_prefix is what
     those names begin with in some checkpoints and not in others; unused, what names of tensors
-    begin with that the model has no use for. embedding: for models that make vectors of texts and
+    begin with that the model has no use for; unused_modules, ends of the paths of modules that MLC
+    LLM's artifacts have and ours have not. embedding: for models that make vectors of texts and
     nothing else, how, in the words of an artifact's `embedding_metadata`.
     """
 
@@ -296,6 +297,7 @@ class Family:
     special: Callable[[Any, str], ParamRule | None] | None = None
     base_prefix: str = ""
     unused: tuple[str, ...] = ()
+    unused_modules: tuple[str, ...] = ()
     embedding: Mapping[str, Any] | None = None
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -292,7 +293,20 @@ _PARTS = {
         "mlp.shared_experts.up_proj",
     ),
 }
+# MLC LLM's artifacts hold both halves of it, `w_uk` and `w_uv`, and the whole beside them.
+_WHOLE = ("self_attn.kv_b_proj",)
 FAMILY = Family(
-    "deepseek_v2", ("DeepseekV2ForCausalLM",), DeepseekV2Config, build, _PARTS, _special
+    "deepseek_v2",
+    ("DeepseekV2ForCausalLM",),
+    DeepseekV2Config,
+    build,
+    _PARTS,
+    _special,
+    unused_modules=_WHOLE,
 )
-V3 = Family("deepseek_v3", ("DeepseekV3ForCausalLM",), DeepseekV3Config, build, _PARTS, _special)
+V3 = dataclasses.replace(
+    FAMILY,
+    name="deepseek_v3",
+    architectures=("DeepseekV3ForCausalLM",),
+    config=DeepseekV3Config,
+)

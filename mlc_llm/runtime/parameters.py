@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mlc_llm.artifact import find_tensor_index, numpy_dtype, read_tensor_index
+from mlc_llm.artifact import TensorIndex, find_tensor_index, numpy_dtype, read_tensor_index
 from mlc_llm.errors import ModelNotFound, UnsupportedModel
 from mlc_llm.runtime.library import Library
 from mlc_llm.runtime.memory import as_aligned, as_array, as_tensor
@@ -68,7 +68,13 @@ def _cache_path(artifact: Path, library: Library) -> Path | None:
 
 def _pack(artifact: Path, library: Library) -> list[NDArray[Any]]:
     index = read_tensor_index(artifact)
-    index.check(library.metadata.params, str(artifact))
+    unused = tuple(library.metadata.unused_modules)
+    used = {
+        name: record
+        for name, record in index.records.items()
+        if not name.rpartition(".")[0].endswith(unused)
+    }
+    TensorIndex(used, index.shard_md5).check(library.metadata.params, str(artifact))
     index.verify_checksums()
     arrays = (index.read(spec.name).view(np.ndarray) for spec in library.metadata.params)
     return pack_parameters(library, arrays)

@@ -44,7 +44,9 @@ def test_every_bit_equals_the_independent_packer(tmp_path, quantization):
 def test_every_model_has_the_names_and_values_of_the_layout(tmp_path, case):
     ours = convert_model(case.directory, "q0f32", tmp_path / "ours")
     theirs = pack(case.directory, "q0f32", tmp_path / "theirs")
-    assert sorted(ours.records) == sorted(theirs.records)
+    # Halves of `kv_b_proj` are stored alone here, beside the whole there.
+    wanted = [name for name in theirs.records if "kv_b_proj" not in name]
+    assert sorted(ours.records) == sorted(wanted)
     for name, record in ours.records.items():
         assert record.spec == theirs.records[name].spec
         # MLC LLM's files carry float32 as bfloat16; ours carry it whole.
