@@ -67,6 +67,7 @@ class AsyncMLCEngine:
         overrides: Mapping[str, Any] | None = None,
         embedding_model: str | Path | None = None,
         embedding_model_lib: str | Path | None = None,
+        lora_adapter: str | Path | None = None,
         progress: Report | None = None,
     ) -> None:
         """Open a model, made ready first where needed, which may take minutes.
@@ -75,7 +76,8 @@ class AsyncMLCEngine:
         model_lib: a library made by `mlc_llm compile`; compiled on the fly if left out. mode: see
         `EngineConfig`. overrides: what `mlc_llm serve` takes as --overrides. quantization: for
         models that are not converted yet. embedding_model: the one that `embeddings` asks; not
-        needed where `model` is one for embeddings, which then has nothing else.
+        needed where `model` is one for embeddings, which then has nothing else. lora_adapter: a
+        directory that PEFT saved, merged into `model`, which must not be converted yet.
         progress: is told what is done; if left out it is printed to stderr, unless the
         configuration says verbose=False. Raises the errors of files, library and device.
         """
@@ -91,6 +93,7 @@ class AsyncMLCEngine:
             quantization=quantization,
             embedding_model=None if embedding_model is None else str(embedding_model),
             embedding_model_lib=_path_of(embedding_model_lib),
+            lora_adapter=_path_of(lora_adapter),
             report=report,
         )
         self._start(models, close)

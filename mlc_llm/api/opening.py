@@ -61,6 +61,7 @@ def open_models(
     quantization: str | None,
     embedding_model: str | None,
     embedding_model_lib: Path | None,
+    lora_adapter: Path | None,
     report: Report,
 ) -> tuple[ServedModels, Callable[[], None]]:
     """Return models that are served, and what ends them; what they lack is made first."""
@@ -82,7 +83,7 @@ def open_models(
             cleanup.callback(opened.close)
             return opened
 
-        artifact = maker.find_artifact(model)
+        artifact = maker.find_artifact(model, lora_adapter)
         chat_config = read_chat_config(artifact)
         if is_embedding_model(chat_config):
             if embedding_model is not None:
@@ -125,7 +126,7 @@ class _Maker:
     quantization: str | None
     report: Report
 
-    def find_artifact(self, model: str) -> Path:
+    def find_artifact(self, model: str, lora_adapter: Path | None = None) -> Path:
         caches = Caches.from_environment(environment())
         return prepare_artifact(
             model,
@@ -135,6 +136,7 @@ class _Maker:
             jit_policy=caches.jit_policy,
             progress=StageLines(self.report),
             access=caches.hub,
+            lora_adapter=lora_adapter,
         )
 
     def find_library(self, artifact: Path, overrides: Mapping[str, Any]) -> Path:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import runpy
+import shutil
 import socket
 import sys
 from collections.abc import Iterator
@@ -13,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from mlc_llm import AsyncMLCEngine, MLCEngine
 from mlc_llm.callback import StreamToStdout
@@ -24,6 +27,7 @@ pytestmark = pytest.mark.cpu
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples" / "python"
+CHECKPOINT = "model.safetensors"
 OPENING = "Once upon a time"
 MESSAGES: list[Any] = [{"role": "user", "content": OPENING}]
 GREEDY = {"temperature": 0, "max_tokens": 20}
@@ -156,6 +160,39 @@ def test_the_asynchronous_engine(home: Path, engine: MLCEngine, stories260k: Pat
             await create(messages=MESSAGES)
 
     asyncio.run(ask())
+
+
+def test_an_adapter_is_merged(
+    home: Path, engine: MLCEngine, stories260k: Path, tmp_path: Path
+) -> None:
+    module, tensors = "model.layers.0.self_attn.o_proj", load_file(stories260k / CHECKPOINT)
+    weight = tensors[f"{module}.weight"].astype(np.float32)
+    rng = np.random.default_rng(5)
+    down = rng.standard_normal((2, weight.shape[1])).astype(np.float32)
+    up = rng.standard_normal((len(weight), 2)).astype(np.float32)
+    adapter, merged = tmp_path / "adapter", tmp_path / "merged"
+    adapter.mkdir()
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["o_proj"]}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    parts = {
+        f"base_model.model.{module}.lora_{part}.weight": a
+        for part, a in zip("AB", (down, up), strict=True)
+    }
+    save_file(parts, adapter / "adapter_model.safetensors")
+    shutil.copytree(stories260k, merged)
+    save_file({**tensors, f"{module}.weight": weight + up @ down}, merged / CHECKPOINT)
+
+    def answer(model: Path, **options: Any) -> str:
+        options |= {"quantization": "q0f32", "progress": lambda _: None}
+        with MLCEngine(model, **options) as other:
+            return str(other.completions.create(prompt=OPENING, **GREEDY).choices[0].text)
+
+    expected = answer(merged)
+    assert expected != engine.completions.create(prompt=OPENING, **GREEDY).choices[0].text
+    assert answer(stories260k, lora_adapter=adapter) == expected
+    assert answer(stories260k, lora_adapter=str(adapter)) == expected
+    with pytest.raises(ModelNotFound, match=r"adapter_config\.json"):
+        MLCEngine(stories260k, lora_adapter=tmp_path)
 
 
 def test_chat_module(
