@@ -27,11 +27,12 @@ def paged_attention(shape: AttentionShape) -> Any:
     context_len (b), positions (n), all int32 -> (n, heads * head_dim) float32.
 
     Every sequence brings at least one token. A token at position i sees keys
-    max(0, i - window + 1) .. i of its own sequence, and with a window also the first `sinks`
-    keys (Xiao et al. 2023, but at their true positions). What else is in the step changes no bit.
+    max(0, i - window + 1) .. i of its own sequence, from the last multiple of the window on if it
+    is chunked, and with a window also the first `sinks` keys (Xiao et al. 2023, but at their true
+    positions). What else is in the step changes no bit.
     """
     heads, kv_heads, head_dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
-    group, window, sinks = shape.group, shape.window, shape.sinks
+    group = shape.group
     tile_tokens = max(1, TILE_ROWS // group)
     kv_dtype, page_items = shape.kv_dtype, shape.page_items
     # Tiles work on copies of their blocks, single tokens on the pages.
@@ -79,7 +80,7 @@ def paged_attention(shape: AttentionShape) -> Any:
                 places[2 * KEY_VECTORS] = (kv_head + 1) % kv_heads
                 if kv_head + 1 == kv_heads:
                     ahead[0] = T.min(s + 1, batch - 1)
-            ahead[1] = _first_block(context_len[ahead[0]] - 1, window, sinks)
+            ahead[1] = _first_block(context_len[ahead[0]] - 1, shape)
         tile_pages.find(page_table, places, KEY_VECTORS, ahead[0], ahead[1], context_len[ahead[0]])
 
     @T.macro
@@ -115,7 +116,7 @@ def paged_attention(shape: AttentionShape) -> Any:
             sums[r, T.ramp(0, 1, LANES)] = splat(T.float32(0))
         for block in T.serial((end - begin + KEY_BLOCK - 1) // KEY_BLOCK):
             start = begin + block * KEY_BLOCK
-            if _is_needed(start, KEY_BLOCK, positions[first], window, sinks):
+            if _is_needed(start, KEY_BLOCK, positions[first], shape):
                 reading.find(page_table, places, 0, s, start, end)
                 aim(
                     *(page_table, context_len, places),
@@ -131,7 +132,7 @@ def paged_attention(shape: AttentionShape) -> Any:
                             *(scores, r, kv_head * group + r % group),
                             *(positions[first + r // group], start),
                         )
-                if _needs_mask(start, positions[first], positions[first + count - 1], window):
+                if _needs_mask(start, positions[first], positions[first + count - 1], shape):
                     for r in T.serial(count * group):
                         steps.mask(scores, r, positions[first + r // group], start)
                 for r in T.serial(count * group):
@@ -200,7 +201,7 @@ def paged_attention(shape: AttentionShape) -> Any:
                 for r in T.serial(count * group):
                     tile_steps.clear(acc, state, r)
             for p in T.serial(_parts(place[3])):
-                if _is_needed(p * PART_KEYS, PART_KEYS, positions[place[1]], window, sinks):
+                if _is_needed(p * PART_KEYS, PART_KEYS, positions[place[1]], shape):
                     operands = T.meta_var(
                         (
                             *(queries, pages, page_table, positions, context_len, part),
@@ -241,7 +242,7 @@ def paged_attention(shape: AttentionShape) -> Any:
     ) -> None:
         """The one token of sequence s over one part of its keys."""
         if p * PART_KEYS < context_len[s]:
-            if _is_needed(p * PART_KEYS, PART_KEYS, positions[s], window, sinks):
+            if _is_needed(p * PART_KEYS, PART_KEYS, positions[s], shape):
                 queries = T.alloc_buffer((single_rows, head_dim), "float32")
                 acc = T.alloc_buffer((single_rows, head_dim), "float32")
                 state = T.alloc_buffer((single_rows, 2), "float32")
@@ -279,7 +280,7 @@ def paged_attention(shape: AttentionShape) -> Any:
             state = T.alloc_buffer((1, 2), "float32")
             single_steps.clear(acc, state, 0)
             for p in T.serial(_parts(context_len[s])):
-                if _is_needed(p * PART_KEYS, PART_KEYS, positions[s], window, sinks):
+                if _is_needed(p * PART_KEYS, PART_KEYS, positions[s], shape):
                     single_steps.merge(
                         parts, part_states, (s * heads + h) * max_parts + p, acc, state, 0
                     )
@@ -349,21 +350,21 @@ def _parts(num_keys: Any) -> Any:
     return (num_keys + PART_KEYS - 1) // PART_KEYS
 
 
-def _is_needed(start: Any, count: int, position: Any, window: int, sinks: int) -> Any:
+def _is_needed(start: Any, count: int, position: Any, shape: AttentionShape) -> Any:
     """Return whether a query from `position` on sees some of the `count` keys from `start` on."""
-    if window <= 0:
+    if shape.window <= 0:
         return T.bool(True)
-    return T.Or(start + count > position - window + 1, start < sinks)
+    return T.Or(start + count > shape.first_key(position), start < shape.sinks)
 
 
-def _first_block(position: Any, window: int, sinks: int) -> Any:
+def _first_block(position: Any, shape: AttentionShape) -> Any:
     """Return the first key of the first block that a query at `position` needs."""
-    if window <= 0 or sinks > 0:
+    if shape.window <= 0 or shape.sinks > 0:
         return T.int32(0)
-    return T.max(position - window + 1, 0) // KEY_BLOCK * KEY_BLOCK
+    return T.max(shape.first_key(position), 0) // KEY_BLOCK * KEY_BLOCK
 
 
-def _needs_mask(start: Any, first: Any, last: Any, window: int) -> Any:
+def _needs_mask(start: Any, first: Any, last: Any, shape: AttentionShape) -> Any:
     """Return whether a query of positions first .. last does not see all keys of a block."""
     above = start + KEY_BLOCK - 1 > first
-    return above if window <= 0 else T.Or(above, start <= last - window)
+    return above if shape.window <= 0 else T.Or(above, start < shape.first_key(last))

@@ -64,7 +64,7 @@ def block_steps(
     is_fetching: scoring also fetches the next block.
     """
     head_dim, page_size, is_int8 = shape.head_dim, shape.page_size, shape.is_int8
-    window, sinks, soft_cap = shape.window, shape.sinks, shape.soft_cap
+    soft_cap = shape.soft_cap
     lanes = vector_lanes(head_dim)
     vectors = head_dim // lanes
     # Vectors of scores, and of the output, that are summed in registers at a time.
@@ -187,7 +187,7 @@ def block_steps(
     def mask(scores: T.handle, row: T.int32, position: T.int32, start: T.int32) -> None:
         for u in T.unroll(KEY_VECTORS):
             scores[row, T.ramp(u * LANES, 1, LANES)] = T.Select(
-                _visible(T.ramp(start + u * LANES, 1, LANES), position, window, sinks),
+                _visible(T.ramp(start + u * LANES, 1, LANES), position, shape),
                 scores[row, T.ramp(u * LANES, 1, LANES)],
                 splat(T.float32(MASKED)),
             )
@@ -320,10 +320,10 @@ def _alibi_slope(head: Any, num_heads: int) -> Any:
     return exp2(T.Cast("float32", number) * T.float32(-4 / whole), 1) * T.float32(LOG2_E)
 
 
-def _visible(keys: Any, position: Any, window: int, sinks: int) -> Any:
+def _visible(keys: Any, position: Any, shape: AttentionShape) -> Any:
     """Return a mask: which of 16 keys the query at `position` sees."""
     mask = keys <= splat(position)
-    if window > 0:
-        recent = keys > splat(position - window)
-        mask = T.bitwise_and(mask, T.bitwise_or(recent, keys < splat(T.int32(sinks))))
+    if shape.window > 0:
+        recent = keys >= splat(shape.first_key(position))
+        mask = T.bitwise_and(mask, T.bitwise_or(recent, keys < splat(T.int32(shape.sinks))))
     return mask

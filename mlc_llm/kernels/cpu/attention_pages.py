@@ -34,6 +34,7 @@ class AttentionShape:
     scale: float
     window: int  # tokens a query sees, itself included; -1 sees all
     sinks: int = 0  # first tokens that every query sees in spite of the window
+    is_chunked: bool = False  # windows do not slide: each begins where the one before ends
     soft_cap: float = 0.0  # scores become cap * tanh(score / cap); 0 leaves them (Gemma 2)
     alibi: bool = False  # scores fall with distance, by a slope for each head
     span: int = KEY_VECTORS  # vectors for which registers suffice; 1 without AVX-512
@@ -42,6 +43,12 @@ class AttentionShape:
     def group(self) -> int:
         """Return the number of query heads per KV head."""
         return self.num_heads // self.num_kv_heads
+
+    def first_key(self, position: Any) -> Any:
+        """Return the first key in the window of a query, below 0 where the text begins later."""
+        if self.is_chunked:
+            return position // self.window * self.window
+        return position - self.window + 1
 
     @property
     def query_scale(self) -> float:

@@ -25,6 +25,8 @@ SHAPES = {
     "window longer than a block": dataclasses.replace(GQA, window=70),
     "window and sinks": dataclasses.replace(GQA, window=8, sinks=4),
     "sinks over blocks": dataclasses.replace(GQA, window=3, sinks=67),
+    "chunks": dataclasses.replace(GQA, window=24, is_chunked=True),
+    "chunks longer than a tile": dataclasses.replace(GQA, window=100, is_chunked=True),
     "few registers": dataclasses.replace(GQA, span=1),
     "soft cap": dataclasses.replace(GQA, soft_cap=1.5),
     "int8": dataclasses.replace(GQA, kv_dtype="int8"),
@@ -126,7 +128,10 @@ def int8_pages(codes, scales):
 def visible(shape, keys, position):
     mask = keys <= position
     if shape.window > 0:
-        mask &= (keys > position - shape.window) | (keys < shape.sinks)
+        recent = keys > position - shape.window
+        if shape.is_chunked:
+            recent = keys // shape.window == position // shape.window
+        mask &= recent | (keys < shape.sinks)
     return mask
 
 
