@@ -12,7 +12,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -225,6 +225,15 @@ def lock_at_once(target: Path) -> Iterator[None]:
 def lock_path_of(target: Path) -> Path:
     """Return the file that processes lock while they prepare `target`."""
     return target.with_name(f".{target.name}.lock")
+
+
+def drop_lock(target: Path) -> None:
+    """Remove the lock file of what is gone; the caller holds the lock.
+
+    Who waits for it sees that, and takes a new one.
+    """
+    with suppress(OSError):  # Windows keeps files that are open
+        lock_path_of(target).unlink()
 
 
 def discard(path: Path) -> None:

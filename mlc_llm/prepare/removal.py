@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlc_llm.errors import ModelNotFound, StorageError
-from mlc_llm.prepare.cache import discard, lock_at_once, size_of
+from mlc_llm.prepare.cache import discard, drop_lock, lock_at_once, size_of
 from mlc_llm.prepare.inventory import CachedLibrary, CachedModel, Inventory, Leftover
 from mlc_llm.prepare.processes import RunRecord, list_processes
 
@@ -161,8 +161,9 @@ def remove(inventory: Inventory, pieces: Iterable[Piece]) -> int:
     Raises StorageError if a process uses a piece or is making it.
     """
     pieces = list(pieces)
+    targets = sorted({piece.lock_target for piece in pieces})
     with ExitStack() as locks:
-        for target in sorted({piece.lock_target for piece in pieces}):
+        for target in targets:
             locks.enter_context(lock_at_once(target))
         running = list_processes(inventory.home)
         for piece in pieces:
@@ -172,6 +173,9 @@ def remove(inventory: Inventory, pieces: Iterable[Piece]) -> int:
             for path in piece.paths:
                 _require_inside(inventory, path)
                 discard(path)
+        for target in targets:
+            if not target.exists():
+                drop_lock(target)
     return sum(piece.size_bytes for piece in pieces)
 
 

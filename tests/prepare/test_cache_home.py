@@ -15,7 +15,10 @@ from mlc_llm.errors import OptionError, StorageError
 from mlc_llm.prepare.cache import (
     CacheHome,
     CachePolicy,
+    drop_lock,
     hold_lock,
+    lock_at_once,
+    lock_path_of,
     make_temporary_directory,
     publish,
     storage_errors,
@@ -127,6 +130,35 @@ def test_second_holder_of_a_lock_waits_and_says_so(home: CacheHome) -> None:
     assert order == ["first", "second"]
     assert first_progress.messages == []
     assert "waiting for another process" in second_progress.messages[0]
+
+
+def test_who_waits_for_a_lock_that_is_removed_takes_a_new_one(home: CacheHome) -> None:
+    target = home.root / "thing"
+    waiting, has_it, may_end = threading.Event(), threading.Event(), threading.Event()
+
+    class Told(RecordedProgress):
+        def message(self, text: str) -> None:
+            super().message(text)
+            waiting.set()
+
+    def second() -> None:
+        with hold_lock(target, Told()):
+            has_it.set()
+            may_end.wait(60)
+
+    thread = threading.Thread(target=second)
+    with hold_lock(target, RecordedProgress()):
+        thread.start()
+        assert waiting.wait(60)
+        drop_lock(target)
+        assert not lock_path_of(target).exists()
+    assert has_it.wait(60)
+    # What it holds is the lock that others find.
+    with pytest.raises(StorageError, match="is being prepared by another process"):
+        with lock_at_once(target):
+            pass
+    may_end.set()
+    thread.join(60)
 
 
 def test_lock_in_a_place_that_cannot_be_written(tmp_path: Path) -> None:

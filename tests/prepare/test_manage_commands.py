@@ -204,8 +204,9 @@ def test_a_model_goes_with_all_that_was_made_of_it(
     assert done.out.startswith("freed ")
     assert done.err.count(published) == 3
     assert not artifact.exists() and kept.is_dir()
-    assert directories(home.hub_directory / "user") == []
+    assert list((home.hub_directory / "user").iterdir()) == [], "no lock file is left"
     assert directories(home.local_directory) == [kept.name]
+    assert [path.name for path in home.local_directory.glob(".*.lock")] == [f".{kept.name}.lock"]
     assert [model["name"] for model in run("list", "--json").json["models"]] == [str(llama)]
 
 
@@ -277,6 +278,8 @@ def test_libraries_go_with_their_last_user(
     assert shared.is_dir() and with_outside.is_dir() and kept.is_file()
     assert run("rm", str(other), "-y").code == 0
     assert not shared.exists() and with_outside.is_dir() and outside.is_dir()
+    locks = {path.name for path in home.library_directory.glob(".*.lock")}
+    assert locks <= {".with-outside.lock"} and not list(home.local_directory.glob(".*.lock"))
 
 
 def test_stale_copies_are_told_and_removed(
