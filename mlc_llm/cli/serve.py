@@ -144,7 +144,10 @@ def serve(
         str, typer.Option(metavar="MODE", help="disable; speculation is not supported yet.")
     ] = "disable",
     enable_debug: Annotated[
-        bool, typer.Option("--enable-debug", help="Add the routes /debug/*.")
+        bool,
+        typer.Option(
+            "--enable-debug", help="Add the routes /debug/*; take debug_config in requests."
+        ),
     ] = False,
     enable_tracing: Annotated[
         bool, typer.Option("--enable-tracing", help="Not supported yet, so refused.")

@@ -30,7 +30,8 @@ def create_app(models: ServedModels, options: AppOptions, traffic: Traffic) -> F
         redoc_url=None,
         redirect_slashes=False,
     )
-    Routes(models, traffic, options.send_timeout_s).add_to(app, has_debug=options.enable_debug)
+    timeout_s, has_debug = options.send_timeout_s, options.enable_debug
+    Routes(models, traffic, timeout_s, has_debug=has_debug).add_to(app)
     add_schemas(app, BODIES, ANSWERS, has_key=options.api_key is not None)
     for kind in (MlcError, HTTPException):
         app.add_exception_handler(kind, _answer)

@@ -17,7 +17,8 @@ class AppOptions:
     """Who may ask, and how much. Raises OptionError.
 
     api_key: asked for on every path but /health. allow_origins: web pages that may ask; none by
-    default. allow_hosts: names under which the server is asked; None for any.
+    default. allow_hosts: names under which the server is asked; None for any. enable_debug: adds
+    the routes /debug/* and takes debug_config in requests.
     """
 
     api_key: str | None = None

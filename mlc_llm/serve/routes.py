@@ -16,7 +16,7 @@ from starlette.responses import Response
 
 import mlc_llm
 from mlc_llm.engine.exposition import prometheus_text
-from mlc_llm.errors import EngineStopped
+from mlc_llm.errors import EngineStopped, RequestError
 from mlc_llm.serve.body import read_body
 from mlc_llm.serve.catalog import ModelCard, ModelList, ServedModels
 from mlc_llm.serve.chat import chat, chat_stream
@@ -31,6 +31,7 @@ from mlc_llm.serve.protocol.chat import (
     ChatCompletionRequest,
 )
 from mlc_llm.serve.protocol.completions import Completion, CompletionRequest
+from mlc_llm.serve.protocol.generation import GenerationRequest
 from mlc_llm.serve.sse import start_events, while_connected
 from mlc_llm.serve.tokenize import (
     DetokenizeRequest,
@@ -95,15 +96,18 @@ Handler = Callable[[Request], Awaitable[Response]]
 
 
 class Routes:
-    """The routes of one server."""
+    """The routes of one server; with has_debug those for debugging too, and debug_config."""
 
-    def __init__(self, models: ServedModels, traffic: Traffic, send_timeout_s: float) -> None:
+    def __init__(
+        self, models: ServedModels, traffic: Traffic, send_timeout_s: float, *, has_debug: bool
+    ) -> None:
         self._models = models
         self._traffic = traffic
         self._send_timeout_s = send_timeout_s
+        self._has_debug = has_debug
         self._page = ChatPage()
 
-    def add_to(self, app: FastAPI, *, has_debug: bool) -> None:
+    def add_to(self, app: FastAPI) -> None:
         """Add every route to an application."""
 
         def add(method: str, path: str, handler: Handler, described: dict[str, Any]) -> None:
@@ -134,7 +138,7 @@ class Routes:
         add("GET", "/metrics", self.metrics, describe("text/plain"))
         app.add_route("/", self.page, include_in_schema=False)
         app.add_route("/page/{name}", self.page, include_in_schema=False)
-        if has_debug:
+        if self._has_debug:
             sums = describe(EngineSums, ModelChoice)
             add("POST", "/debug/dump_engine_metrics", self.dump_metrics, sums)
             done = describe(Status, ModelChoice)
@@ -143,6 +147,7 @@ class Routes:
     async def chat_completions(self, request: Request) -> Response:
         """Answer a conversation."""
         body = await read_body(request, ChatCompletionRequest)
+        self._check_debug(body)
         model = self._models.find_chat(body.model)
         if body.stream:
             chunks = chat_stream(model, body, _new_id())
@@ -152,11 +157,20 @@ class Routes:
     async def completions(self, request: Request) -> Response:
         """Continue a text."""
         body = await read_body(request, CompletionRequest)
+        self._check_debug(body)
         model = self._models.find_chat(body.model)
         if body.stream:
             chunks = complete_stream(model, body, _new_id())
             return await start_events(request, chunks, self._send_timeout_s)
         return _json(await while_connected(request.receive, complete(model, body, _new_id())))
+
+    def _check_debug(self, body: GenerationRequest) -> None:
+        if body.debug_config is not None and not self._has_debug:
+            raise RequestError(
+                "debug_config is for servers started with --enable-debug; leave it out "
+                "(ignore_eos is a field of its own)",
+                "debug_config",
+            )
 
     async def embeddings(self, request: Request) -> Response:
         """Turn texts into vectors."""

@@ -289,3 +289,22 @@ def test_events_are_compact_json(http: httpx.Client) -> None:
     for event in events[:-1]:
         data = event.removeprefix("data: ")
         assert json.dumps(json.loads(data), separators=(",", ":"), ensure_ascii=False) == data
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [("chat/completions", {"messages": HELLO}), ("completions", {"prompt": "hello"})],
+)
+def test_debug_config_is_for_servers_with_debugging(
+    http: httpx.Client, path: str, fields: dict[str, Any]
+) -> None:
+    body = {**fields, "max_tokens": 2, "debug_config": {"ignore_eos": True}}
+    assert http.post(f"/v1/{path}", json=body).status_code == 200
+    with served() as plain, httpx.Client(base_url=plain.url, timeout=20) as other:
+        for stream in (False, True):
+            refused = other.post(f"/v1/{path}", json={**body, "stream": stream})
+            assert refused.status_code == 400
+            error = refused.json()["error"]
+            assert error["param"] == "debug_config" and "--enable-debug" in error["message"]
+        null = {**body, "debug_config": None}
+        assert other.post(f"/v1/{path}", json=null).status_code == 200

@@ -37,7 +37,10 @@ class StreamOptions(RequestBody):
 
 
 class DebugConfig(RequestBody):
-    """MLC LLM's debugging options. How grammars are run has no effect where there are none."""
+    """MLC LLM's debugging options, for servers that were started with --enable-debug.
+
+    How grammars are run has no effect where there are none.
+    """
 
     ignore_eos: StrictBool = False
     pinned_system_prompt: Literal[False] | None = None
@@ -51,7 +54,7 @@ class GenerationRequest(KnownFields):
 
     Beyond OpenAI's: top_k, min_p, repetition_penalty, min_tokens, ignore_eos, stop_token_ids,
     priority (lower ones go first), cache_salt (requests of one salt share cached prompts),
-    request_id, debug_config.
+    request_id, debug_config (with --enable-debug).
     """
 
     model: Name | None = None
