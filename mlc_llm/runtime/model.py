@@ -18,6 +18,15 @@ from mlc_llm.runtime.runner import SampleRows, Step
 _MAX_KEPT_BYTES = 64 << 20
 
 
+def padded_rows(num_rows: int) -> int:
+    """Return how many rows are computed for so many: the next of 1, 2, 3, 4, 6, 8, 12, 16, 24 ...
+
+    The pool keeps memory for a result of each size, so there should be few sizes.
+    """
+    step = 1 << max((num_rows - 1).bit_length() - 2, 0)
+    return -(-num_rows // step) * step
+
+
 class CompiledRunner:
     """Owns a library's virtual machine, its parameters, KV pages and slots of recurrent state."""
 
@@ -63,6 +72,9 @@ class CompiledRunner:
         machine = library.open_machine()
         is_encoder = self._metadata.model_task == "embedding"
         self._run_step: Any = machine["encode" if is_encoder else "forward"]
+        limits = self._metadata
+        chunk = limits.prefill_chunk_size if is_encoder else 0
+        self._max_rows = max(chunk, limits.max_batch_size)
         self._sample: Any = None if is_encoder else machine["sample"]
 
     @property
@@ -91,6 +103,8 @@ class CompiledRunner:
         return self._rows_of(step)
 
     def _rows_of(self, step: Step) -> NDArray[np.float32]:
+        num_rows = len(step.logit_rows)
+        surplus = min(padded_rows(num_rows), self._max_rows) - num_rows
         arrays = [
             step.token_ids,
             step.positions,
@@ -98,7 +112,7 @@ class CompiledRunner:
             step.slots,
             step.page_table,
             step.context_len,
-            step.logit_rows,
+            np.pad(step.logit_rows, (0, surplus), "edge") if surplus > 0 else step.logit_rows,
         ]
         if self._states:
             assert step.state_slots is not None
@@ -109,7 +123,7 @@ class CompiledRunner:
             self._run_step(*inputs, self._pages, *states, self._parameters)[0]
         )
         self._bound_pool(rows.nbytes)
-        return rows
+        return rows[:num_rows]
 
     def _bound_pool(self, result_bytes: int) -> None:
         """Free the pool when results fill it: it keeps one of each size, and so of each r."""

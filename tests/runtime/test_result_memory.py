@@ -45,8 +45,15 @@ def test_what_is_kept_of_results_is_bounded(
     row_bytes = 4 * runner.metadata.vocab_size
     monkeypatch.setattr(model, "_MAX_KEPT_BYTES", 10 * row_bytes)
     runner._result_sizes.clear()
-    for length in range(1, 9):  # 1 + 2 + 3 + 4 rows fit; then 5, 6, 7, 8
+    for length in range(1, 9):  # 1 + 2 + 3 + 4 rows fit; then 6, 8
         assert score(runner, length) == expected[length - 1]
-    assert num_frees == 4
+    assert num_frees == 2
     assert score(runner, 8) == expected[7]
-    assert num_frees == 4
+    assert num_frees == 2
+
+
+def test_results_have_few_sizes() -> None:
+    sizes = [model.padded_rows(rows) for rows in range(1, 1000)]
+    assert sizes[:17] == [1, 2, 3, 4, 6, 6, 8, 8, 12, 12, 12, 12, 16, 16, 16, 16, 24]
+    assert len(set(sizes)) == 20
+    assert all(rows <= size < 1.5 * rows for rows, size in enumerate(sizes, 1))
