@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -122,16 +123,18 @@ def test_every_tensor_of_the_checkpoint_is_used_once(case: ReferenceCase) -> Non
     config = case.config()
     family = find_family(config)
     plan = plan_parameters(family, family.config_from_huggingface(config), get_scheme("q0f32"))
-    used = [source for item in plan for source in item.rule.sources]
-    # Keys and values of latent attention are one tensor there and two parameters here.
-    halves = [name for name in used if name.endswith("kv_b_proj.weight")]
-    assert all(halves.count(name) == 2 for name in halves)
-    once = [name for name in used if name not in halves]
-    assert sorted([*once, *set(halves)]) == sorted(
+    used = Counter(source for item in plan for source in item.rule.sources)
+    assert set(used) == {
         name
         for name in read_weights(case.directory)
-        if not name.startswith(family.unused) and not name.endswith(".inv_freq")
-    )
+        if used[name] or not (name.startswith(family.unused) or name.endswith(".inv_freq"))
+    }
+    # Keys and values of latent attention are one tensor there and two parameters here; so are the
+    # token table and the output layer where that is the same.
+    is_tied = config.get("tie_word_embeddings", True)
+    tables = ("wte.weight",) if is_tied else ()
+    for name, count in used.items():
+        assert count == (2 if name.endswith(("kv_b_proj.weight", *tables)) else 1), name
 
 
 @pytest.mark.cpu

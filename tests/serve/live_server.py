@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import threading
 from collections.abc import Iterator, Sequence
@@ -41,6 +42,20 @@ def read_all(connection: socket.socket) -> bytes:
     received = b""
     while piece := connection.recv(65536):
         received += piece
+    return received
+
+
+def read_answer(connection: socket.socket) -> bytes:
+    """Return head and body of one answer, whose length is announced."""
+    received, missing = b"", 1
+    while missing > 0:
+        piece = connection.recv(65536)
+        assert piece, f"the connection ended after {received!r}"
+        received += piece
+        head, end, body = received.partition(b"\r\n\r\n")
+        if end:
+            [length] = re.findall(rb"\r\ncontent-length: (\d+)", head.lower())
+            missing = int(length) - len(body)
     return received
 
 

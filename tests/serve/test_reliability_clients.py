@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import openai
 import pytest
+from live_server import read_answer
 from served import MODEL, Served, served
 
 import mlc_llm.serve.body
@@ -250,6 +251,6 @@ def test_a_body_must_come_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mlc_llm.serve.body, "BODY_TIMEOUT_S", 0.3)
     with served() as server, server.live.connect() as connection:
         connection.sendall(raw_request("/v1/completions", prompt="hello")[:-5])
-        answer = connection.recv(65536)
+        answer = read_answer(connection)
         assert answer.startswith(b"HTTP/1.1 408 ")
         assert b'"code": "request_timeout"' in answer
