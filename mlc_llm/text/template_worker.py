@@ -1,23 +1,21 @@
 """Child process that renders chat templates, so that a hostile one can be stopped from outside.
 
-Run by path with `python -I -S`, never imported. Speaks frames (4 bytes of length, then JSON) on
-stdin and stdout. Knows Jinja as chat templates use it, and nothing of models or of mlc_llm.
+Run by path with `python -I -S`, never imported; speaks as child.py does. Knows Jinja as chat
+templates use it, and nothing of models.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-import os
-import signal
 import sys
 from collections.abc import Iterable
 from datetime import datetime
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, NoReturn
 
 MAX_MESSAGE_CHARS = 2000
 
-# Isolated mode leaves out user directories and PYTHONPATH; the parent says where its Jinja is.
+# Isolated mode leaves out user directories and PYTHONPATH; the parent says where its packages are.
 sys.path.extend(sys.argv[2:])
 
 import jinja2  # noqa: E402
@@ -26,6 +24,8 @@ from jinja2.exceptions import SecurityError, TemplateError  # noqa: E402
 from jinja2.ext import Extension, loopcontrols  # noqa: E402
 from jinja2.parser import Parser  # noqa: E402
 from jinja2.sandbox import ImmutableSandboxedEnvironment  # noqa: E402
+
+from mlc_llm.text.child import serve  # noqa: E402
 
 
 class Refusal(TemplateError):
@@ -139,57 +139,6 @@ def join_up_to(pieces: Iterable[str], max_chars: int) -> str:
     return "".join(taken)
 
 
-def limit_process(memory_limit_bytes: int) -> None:
-    """Bound memory where the system can; let the process write no file and leave no core dump."""
-    try:
-        import resource
-    except ImportError:  # Windows has no such limits; time and output stay bounded there
-        return
-    for kind, limit in (
-        (resource.RLIMIT_AS, memory_limit_bytes),
-        (resource.RLIMIT_FSIZE, 0),
-        (resource.RLIMIT_CORE, 0),
-    ):
-        try:
-            resource.setrlimit(kind, (limit, limit))
-        except (ValueError, OSError):  # macOS refuses some
-            continue
-
-
-def set_alarm(seconds: float) -> None:
-    """Let the system end this process after a time, should the parent be gone; 0 for never."""
-    if hasattr(signal, "setitimer"):
-        signal.setitimer(signal.ITIMER_REAL, seconds)
-
-
-def read_frame(stream: BinaryIO) -> dict[str, Any] | None:
-    """Return the next request, or None when the parent closed the pipe."""
-    head = stream.read(4)
-    body = stream.read(int.from_bytes(head, "big")) if len(head) == 4 else b""
-    request: dict[str, Any] | None = json.loads(body) if body else None
-    return request
-
-
-def write_frame(stream: BinaryIO, reply: dict[str, str]) -> None:
-    """Send a reply."""
-    body = json.dumps(reply).encode()
-    stream.write(len(body).to_bytes(4, "big") + body)
-    stream.flush()
-
-
-def main() -> None:
-    """Serve requests until the parent closes the pipe."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
-    os.environ.clear()  # access tokens are none of a template's business
-    environment = make_environment()
-    limit_process(int(sys.argv[1]))
-    write_frame(sys.stdout.buffer, {"ready": jinja2.__version__})
-    while (request := read_frame(sys.stdin.buffer)) is not None:
-        set_alarm(request["timeout_s"] + 1)
-        reply = render(environment, request)
-        write_frame(sys.stdout.buffer, reply)
-        set_alarm(0)
-
-
 if __name__ == "__main__":
-    main()
+    _ENVIRONMENT = make_environment()
+    serve(functools.partial(render, _ENVIRONMENT), int(sys.argv[1]), {"ready": jinja2.__version__})

@@ -155,8 +155,8 @@ def test_next_call_works_after_a_timeout(template: ChatTemplate) -> None:
 
 
 def child_of(template: ChatTemplate) -> subprocess.Popen[bytes]:
-    assert template._worker is not None
-    return template._worker._process
+    assert template._child._child is not None
+    return template._child._child._process
 
 
 @pytest.mark.parametrize("template", ["ok"], indirect=True)
@@ -212,7 +212,7 @@ def test_messages_that_are_no_json_are_a_request_error() -> None:
 
 def test_a_system_that_starts_no_process_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/no/such/python")
-    with pytest.raises(TemplateError, match="cannot start the process"):
+    with pytest.raises(TemplateError, match="cannot be started"):
         ChatTemplate("ok").start()
 
 
@@ -247,7 +247,7 @@ def wait_until_gone(pid: int, seconds: float) -> bool:
 def test_the_child_ends_with_its_parent(source: str) -> None:
     code = (
         f"t = ChatTemplate({source!r}, timeout_s=1)\nt.start()\n"
-        "print(t._worker._process.pid, flush=True)\nt.render([])\ntime.sleep(60)"
+        "print(t._child._child._process.pid, flush=True)\nt.render([])\ntime.sleep(60)"
     )
     parent = run_parent(code)
     assert parent.stdout is not None

@@ -72,7 +72,7 @@ def test_started_early_or_not_the_prompt_is_the_same(
     builder = PromptBuilder.load(artifact, config, Tokenizer.load(artifact), template)
     with closing(builder):
         found = builder.token_ids([USER])
-    assert template._worker is None
+    assert template._child._child is None
     assert found == jinja_builder.token_ids([USER])
 
 
