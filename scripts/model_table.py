@@ -19,7 +19,11 @@ from mlc_llm.weights.gguf_architectures import ARCHITECTURES
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "models.md"
 # Where references are, and what the models in them are for.
-REFERENCES = {"chat": ROOT / "tests" / "references", "embedding": ROOT / "tests/encoder_references"}
+REFERENCES = (
+    ("chat", ROOT / "tests" / "references"),
+    ("chat", ROOT / "tests" / "image_references"),
+    ("embedding", ROOT / "tests" / "encoder_references"),
+)
 
 _HEAD = """\
 # Models
@@ -81,7 +85,7 @@ def _references_by_family() -> dict[str, list[str]]:
 
 def _stored_references() -> Iterator[tuple[str, str, dict[str, object]]]:
     """Yield name, task and config.json of each reference, in the order they were described."""
-    for task, directory in REFERENCES.items():
+    for task, directory in REFERENCES:
         for case in json.loads((directory / "cases.json").read_text(encoding="utf-8")):
             path = directory / case["name"] / "config.json"
             if path.is_file():

@@ -20,12 +20,14 @@ from mlc_llm.artifact import (
     TensorSpec,
     write_atomically,
 )
-from mlc_llm.compiler.pipeline import PACK_FUNCTION, phases, temporary_bytes
+from mlc_llm.compiler.pipeline import PACK_FUNCTION, num_packed, phases, temporary_bytes
+from mlc_llm.compiler.tables import lookup_tables
 from mlc_llm.compiler.target import describe_target, host_triple
 from mlc_llm.errors import CompileError, LinkerNotFound, OptionError
 from mlc_llm.kernels.cpu.isa import find_bf16_isa, find_isa
 from mlc_llm.models.base import STEP_ENTRIES, CausalLM, Family
 from mlc_llm.models.registry import get_family
+from mlc_llm.models.vision import IMAGE_ENTRY
 from mlc_llm.quantization.apply import build_quantized
 from mlc_llm.quantization.schemes import get_scheme
 
@@ -93,6 +95,10 @@ class CompiledModel:
         ]
         if kv_token:
             lines.append(f"KV cache          {kv_token / 1024:10.1f} KiB a token")
+        if IMAGE_ENTRY in self.metadata.memory_usage:
+            of_image = self.metadata.memory_usage[IMAGE_ENTRY]
+            lines.append(f"reading an image  {_mib(of_image)}")
+            temporary += of_image
         if state:
             lines.append(f"recurrent state   {_mib(state)}  a sequence")
         total = parameters + temporary + kv_token * context + state
@@ -161,8 +167,10 @@ def compile_model(
     with target:
         mod, parameters = model.export_tvm(model.export_spec(task))
     with _stage_errors("lowering"), target:
-        mod, temporary = _lower(mod, model, task, options.debug_dump, progress)
+        mod, temporary, num_image_params = _lower(mod, model, task, options.debug_dump, progress)
     metadata = describe(config, family, model, task, parameters, temporary, described)
+    if metadata.images is not None:
+        metadata.images["num_packed"] = num_image_params
     mod["_metadata"] = _constant_function(metadata.to_json())
     progress("generate code")
     with _stage_errors("code generation"):
@@ -176,23 +184,29 @@ def _lower(
     task: str,
     dump: Path | None,
     progress: Callable[[str], None],
-) -> tuple[tvm.IRModule, dict[str, int]]:
+) -> tuple[tvm.IRModule, dict[str, int], int]:
+    """Return the lowered module, temporary bytes by function, packed parameters of images."""
     config, entry = model.config, STEP_ENTRIES[task]
+    others = [] if model.image_inputs is None else [IMAGE_ENTRY]
+    num_image_params = 0
     chunk, batch = config.prefill_chunk_size, config.max_batch_size
     # The mean of a text is made of all its rows.
     rows = batch if task == "chat" else max(chunk, batch)
     bounds = {"n": max(chunk, batch), "b": batch, "num_starts": batch + 1, "r": rows}
     temporary: dict[str, int] = {}
     _dump(dump, 0, "export", mod)
-    for index, (name, passes) in enumerate(phases(bounds, entry), 1):
+    for index, (name, passes) in enumerate(phases(bounds, entry, others), 1):
         progress(name.replace("_", " "))
         mod = tvm.transform.Sequential(passes, name=name)(mod)
         _dump(dump, index, name, mod)
+        if name == "lift_packing":
+            num_image_params = sum(num_packed(mod, other) for other in others)
         if name == "plan_memory":
             temporary = {
-                function: temporary_bytes(mod, function) for function in (entry, PACK_FUNCTION)
+                function: temporary_bytes(mod, function)
+                for function in (entry, *others, PACK_FUNCTION)
             }
-    return mod, temporary
+    return mod, temporary, num_image_params
 
 
 def _dump(directory: Path | None, index: int, name: str, mod: tvm.IRModule) -> None:
@@ -241,6 +255,8 @@ def describe(
         model_config=shape.to_json(),
         embedding_metadata=None if family.embedding is None else dict(family.embedding),
         unused_modules=list(family.unused_modules),
+        lookup_tables=lookup_tables(model, task),
+        images=None if model.image_inputs is None else model.image_inputs.to_json(),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import tvm
@@ -30,37 +30,73 @@ _LOWER_TO_VM = [
 ]
 
 
-def phases(bounds: Mapping[str, int], entry: str = "forward") -> list[tuple[str, list[Any]]]:
+def phases(
+    bounds: Mapping[str, int], entry: str = "forward", others: Sequence[str] = ()
+) -> list[tuple[str, list[Any]]]:
     """Return named phases of passes.
 
-    `bounds` limits the symbolic sizes of `entry`, which runs a step, for memory planning.
+    `bounds` limits the symbolic sizes of `entry`, which runs a step, for memory planning. others:
+    further entries that read weights.
     """
+    lift = lift_packing(entry, others)
     return [
-        ("lift_packing", [*_SHARE_PACKING, lift_packing(entry), bound_sizes(bounds, entry)]),
+        ("lift_packing", [*_SHARE_PACKING, lift, bound_sizes(bounds, entry)]),
         ("lower", _LOWER),
         ("plan_memory", _PLAN_MEMORY),
         ("lower_to_vm", _LOWER_TO_VM),
     ]
 
 
-def lift_packing(entry: str) -> Any:
-    """Return a pass: what depends on weights alone moves into `pack_params`, tuple -> tuple."""
+def lift_packing(entry: str, others: Sequence[str] = ()) -> Any:
+    """Return a pass: what depends on weights alone moves into `pack_params`, tuple -> tuple.
+
+    With others, the result begins with what `entry` takes and goes on with what each of them does.
+    """
 
     @tvm.transform.module_pass(opt_level=0, name="LiftPacking")  # type: ignore[untyped-decorator]
     def lift(mod: tvm.IRModule, _: tvm.transform.PassContext) -> tvm.IRModule:
         kernels = {
             var: func for var, func in mod.functions.items() if isinstance(func, tvm.tirx.PrimFunc)
         }
-        step = mod.get_global_var(entry)
-        lifted = transform.LiftTransformParams()(tvm.IRModule({**kernels, step: mod[entry]}))
-        pack = lifted[f"{entry}_transform_params"].without_attr("num_input")
-        bundled = transform.BundleModelParams()(tvm.IRModule({entry: lifted[entry]}))
         functions = dict(mod.functions.items())
-        functions[step] = bundled[entry]
-        functions[tvm.ir.GlobalVar(PACK_FUNCTION)] = pack.with_attr("global_symbol", PACK_FUNCTION)
-        return tvm.IRModule(functions, attrs=mod.attrs)
+        packs = []
+        for name in (entry, *others):
+            step = mod.get_global_var(name)
+            lifted = transform.LiftTransformParams()(tvm.IRModule({**kernels, step: mod[name]}))
+            packs.append(lifted[f"{name}_transform_params"].without_attr("num_input"))
+            bundled = transform.BundleModelParams()(tvm.IRModule({name: lifted[name]}))
+            functions[step] = bundled[name]
+        if not others:
+            pack = packs[0].with_attr("global_symbol", PACK_FUNCTION)
+            functions[tvm.ir.GlobalVar(PACK_FUNCTION)] = pack
+            return tvm.IRModule(functions, attrs=mod.attrs)
+        return _pack_in_turn(tvm.IRModule(functions, attrs=mod.attrs), packs)
 
     return lift
+
+
+def _pack_in_turn(mod: tvm.IRModule, packs: Sequence[relax.Function]) -> tvm.IRModule:
+    """Add `pack_params`, whose result is those of several functions of the same parameters."""
+    builder = relax.BlockBuilder(mod)
+    parameters = relax.Var("params", packs[0].params[0].ty)
+    names = [
+        builder.add_func(pack.with_attr("global_symbol", name), name)
+        for pack, name in ((pack, f"{PACK_FUNCTION}_{i}") for i, pack in enumerate(packs))
+    ]
+    with builder.function(PACK_FUNCTION, [parameters]):
+        results = [builder.emit(relax.Call(name, [parameters])) for name in names]
+        items = [
+            builder.emit(relax.TupleGetItem(result, index))
+            for result in results
+            for index in range(len(result.ty.fields))
+        ]
+        builder.emit_func_output(relax.Tuple(items))
+    return builder.get()
+
+
+def num_packed(mod: tvm.IRModule, entry: str) -> int:
+    """Return how many packed parameters an entry takes."""
+    return len(mod[entry].params[-1].ty.fields)
 
 
 def bound_sizes(bounds: Mapping[str, int], entry: str) -> Any:

@@ -14,6 +14,7 @@ from tvm.relax.frontend.nn import spec
 
 from mlc_llm.artifact import KVCacheLayout, TensorSpec
 from mlc_llm.errors import UnsupportedModel
+from mlc_llm.images.inputs import ImageInputs
 from mlc_llm.models.checking import configuration_errors
 from mlc_llm.models.config import DecoderConfig
 from mlc_llm.models.plan import ParamRule
@@ -154,11 +155,20 @@ class CausalLM(nn.Module):
         """Choose a token for each row of logits (r, v): (r) int32, see `runner.SampleRows`."""
         return ops.sample(logits, temperature, top_p, min_p, top_k, uniform)
 
+    @property
+    def image_inputs(self) -> ImageInputs | None:
+        """Return what images the model takes; most take none."""
+        return None
+
     def export_spec(self, task: str = "chat") -> spec.ModuleSpec:
         """Return the signatures of the entries for the exporter, with symbolic sizes.
 
         task: one of `STEP_ENTRIES`. A library for chats also has `sample`.
         """
+        return spec.ModuleSpec.from_raw(self.entry_specs(task), self)
+
+    def entry_specs(self, task: str) -> dict[str, Any]:
+        """Return the specification of each entry by its name."""
         layout = self.kv_layout()
         page_shape = ["num_pages", *layout.page_shape(0)[1:]]
         pages = [spec.Tensor(page_shape, layout.dtype) for _ in range(layout.num_layers)]
@@ -181,7 +191,7 @@ class CausalLM(nn.Module):
         if task != "chat" and states:
             raise UnsupportedModel("models with recurrent state make no embeddings; use another")
         if task != "chat":
-            return spec.ModuleSpec.from_raw({STEP_ENTRIES[task]: entry}, self)
+            return {STEP_ENTRIES[task]: entry}
         row_settings = ("temperature", "top_p", "min_p")
         sample = {
             "logits": spec.Tensor(["r", "v"], "float32"),
@@ -190,7 +200,7 @@ class CausalLM(nn.Module):
             "uniform": spec.Tensor(["r"], "float64"),
             "$": {"param_mode": "none", "effect_mode": "none"},
         }
-        return spec.ModuleSpec.from_raw({STEP_ENTRIES[task]: entry, "sample": sample}, self)
+        return {STEP_ENTRIES[task]: entry, "sample": sample}
 
 
 class DecoderLM(CausalLM):
@@ -296,6 +306,7 @@ class Family:
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     special: Callable[[Any, str], ParamRule | None] | None = None
     base_prefix: str = ""
+    spellings: tuple[tuple[str, str], ...] = ()
     unused: tuple[str, ...] = ()
     unused_modules: tuple[str, ...] = ()
     embedding: Mapping[str, Any] | None = None

@@ -49,7 +49,7 @@ _COMPILE_OVERRIDES = (
     "kv_cache_dtype",
     "model_task",
 )
-_COMPILER_PARTS = ("compiler", "kernels", "models", "nn", "quantization")
+_COMPILER_PARTS = ("compiler", "images", "kernels", "models", "nn", "quantization")
 _COMPILER_PACKAGES = ("apache-tvm", "apache-tvm-ffi")
 
 

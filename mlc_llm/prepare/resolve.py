@@ -285,7 +285,8 @@ def convert_weights(
         formats = find_layer_formats(opened, family, config, quantization)
         plan = plan_parameters(family, config, scheme, formats)
         wanted = [name for item in plan for name in item.rule.sources]
-        weights = split_experts(rename_tensors(opened, wanted, family.base_prefix), wanted)
+        renamed = rename_tensors(opened, wanted, family.base_prefix, family.spellings)
+        weights = split_experts(renamed, wanted)
         with storage_errors(output):
             output.mkdir(parents=True, exist_ok=True)
         progress.start(f"Converting {origin.name} to {quantization}", len(plan), "tensors")

@@ -20,6 +20,7 @@ from mlc_llm.kernels.cpu.group_format import GroupFormat
 from mlc_llm.models.base import CausalLM, Family
 from mlc_llm.models.config import DecoderConfig
 from mlc_llm.models.plan import ParamPlan, Quantize, concatenate
+from mlc_llm.nn.image_ops import Unquantized
 from mlc_llm.nn.linear import (
     Bf16Embedding,
     Bf16Linear,
@@ -236,6 +237,8 @@ def _named_modules(module: nn.Module, prefix: str) -> Any:
         path = f"{prefix}{name}"
         if isinstance(child, nn.ModuleList):
             for index, item in enumerate(child):
+        if isinstance(child, Unquantized):
+            continue
                 yield f"{path}.{index}", item
                 yield from _named_modules(item, f"{path}.{index}.")
         elif isinstance(child, nn.Module):

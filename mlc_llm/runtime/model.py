@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from mlc_llm.artifact import LibraryMetadata, numpy_dtype
 from mlc_llm.errors import DeviceError
+from mlc_llm.images.inputs import ImageInputs
 from mlc_llm.runtime.library import Library, free_pooled_memory
 from mlc_llm.runtime.memory import Staging, aligned_zeros, as_aligned, as_array, as_tensor
 from mlc_llm.runtime.runner import SampleRows, Step
@@ -45,7 +46,11 @@ class CompiledRunner:
 
         self._metadata = library.metadata
         self._num_pages = num_pages
-        self._parameters = tvm_ffi.Array([as_tensor(array) for array in parameters])
+        self._images = ImageInputs.from_json(self._metadata.images)
+        tensors = [as_tensor(array) for array in parameters]
+        end = len(tensors) - (0 if self._images is None else self._images.num_packed)
+        self._parameters = tvm_ffi.Array(tensors[:end])
+        self._image_parameters = tvm_ffi.Array(tensors[end:])
         layout = self._metadata.kv_cache
         # Zeros are not touched here: memory is taken page by page as the context grows.
         try:
@@ -76,6 +81,9 @@ class CompiledRunner:
         chunk = limits.prefill_chunk_size if is_encoder else 0
         self._max_rows = max(chunk, limits.max_batch_size)
         self._sample: Any = None if is_encoder else machine["sample"]
+        self._embed_image: Any = None if self._images is None else machine["embed_image"]
+        # What steps without images are given.
+        self._no_image = np.zeros((1, 0 if self._images is None else self._images.width), "f4")
 
     @property
     def metadata(self) -> LibraryMetadata:
@@ -117,13 +125,25 @@ class CompiledRunner:
         if self._states:
             assert step.state_slots is not None
             arrays.append(step.state_slots)
+        if self._images is not None:
+            no_rows = np.full(len(step.token_ids), -1, np.int32)
+            arrays.append(no_rows if step.image_rows is None else step.image_rows)
         inputs = [as_tensor(array) for array in self._staging.place(arrays)]
         states = [inputs.pop(), self._state_tensors] if self._states else []
+        if self._images is not None:
+            embeds = self._no_image if step.image_embeds is None else step.image_embeds
+            inputs.append(as_tensor(as_aligned(embeds)))
         rows: NDArray[np.float32] = as_array(
             self._run_step(*inputs, self._pages, *states, self._parameters)[0]
         )
         self._bound_pool(rows.nbytes)
         return rows[:num_rows]
+
+    def embed_image(self, pixels: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return the rows (num_rows, hidden) of an image (3, size, size), the caller's to keep."""
+        assert self._images is not None and pixels.shape == (3, *[self._images.size] * 2)
+        image = as_tensor(as_aligned(pixels))
+        return np.array(as_array(self._embed_image(image, self._image_parameters)))
 
     def _bound_pool(self, result_bytes: int) -> None:
         """Free the pool when results fill it: it keeps one of each size, and so of each r."""
@@ -160,4 +180,5 @@ class CompiledRunner:
     def close(self) -> None:
         """Free the model's memory; the runner cannot be used afterwards."""
         self._run_step = self._sample = self._pages = self._parameters = None
+        self._embed_image = self._image_parameters = None
         self._states, self._state_tensors = [], None

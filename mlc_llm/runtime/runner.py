@@ -21,6 +21,8 @@ class Step:
     context_len: (b), tokens of each sequence with those of this step. logit_rows: (r), tokens of
     the step whose logits are wanted. state_slots: (b), where the recurrent state of each sequence
     is, for models that have one; what begins at position 0 begins with zeros, whatever is there.
+    image_rows: (n), for steps with images: -1 for text, else the row of image_embeds (m, hidden),
+    float32, that stands in place of a token.
     """
 
     token_ids: NDArray[np.int32]
@@ -31,6 +33,8 @@ class Step:
     context_len: NDArray[np.int32]
     logit_rows: NDArray[np.int32]
     state_slots: NDArray[np.int32] | None = None
+    image_rows: NDArray[np.int32] | None = None
+    image_embeds: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,12 @@ class ModelRunner(Protocol):
 
         What a token's logits are does not depend, to the bit, on what else is in the step nor on
         how its sequence was cut into steps.
+        """
+
+    def embed_image(self, pixels: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return the rows (num_rows, hidden) of an image, the caller's to keep; see `ImageInputs`.
+
+        Only for libraries whose metadata say that they take images.
         """
 
     def sample(self, logits: NDArray[np.float32], rows: SampleRows) -> NDArray[np.int32]:

@@ -1,11 +1,12 @@
 """Checkpoints whose names are not quite those of a plan: with or without the base model's prefix.
 
-transformers saves `bert.encoder...` for a model with a head and `encoder...` for one without.
+transformers saves `bert.encoder...` for a model with a head and `encoder...` for one without, and
+its releases spell the parts of a model differently.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,18 +48,27 @@ class RenamedSource:
         self._source.close()
 
 
-def rename_tensors(source: WeightSource, wanted: Iterable[str], prefix: str) -> WeightSource:
+def rename_tensors(
+    source: WeightSource,
+    wanted: Iterable[str],
+    prefix: str,
+    spellings: Sequence[tuple[str, str]] = (),
+) -> WeightSource:
     """Return a checkpoint whose tensors have the wanted names, where only `prefix` differs.
 
-    prefix: what the base model's names may begin with, such as "bert."; "" renames nothing.
+    prefix: what the base model's names may begin with, such as "bert."; "" for nothing. spellings:
+    beginnings of names in some checkpoints and what they are in the wanted ones, applied in order.
     """
-    if not prefix:
+    if not prefix and not spellings:
         return source
 
     def plain(name: str) -> str:
         for ending, current in _OLD_ENDINGS.items():
-            if name.endswith(ending):
+            if prefix and name.endswith(ending):
                 name = name[: -len(ending)] + current
+        for stored, current in spellings:
+            if name.startswith(stored):
+                name = current + name.removeprefix(stored)
         return name.removeprefix(prefix)
 
     wanted_of = {plain(name): name for name in wanted}
