@@ -5,18 +5,12 @@ The one place for this: a field that comes to be supported leaves these tables.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from pydantic import Field, create_model, model_validator
+from mlc_llm.serve.protocol.fields import CheckedBody, Refused, WithoutEffect, with_fields
 
-from mlc_llm.errors import RequestError
-from mlc_llm.serve.protocol.base import RequestBody
-
-_MAX_NAME_LEN = 80
-# Any value is taken, since the answer is the same with it as without.
-_WITHOUT_EFFECT: Mapping[str, str] = {
+_WITHOUT_EFFECT: WithoutEffect = {
     # OpenAI's: accounts, caches and keeping of answers are not this server's affair.
     "user": "there are no accounts",
     "metadata": "answers are not stored",
@@ -34,8 +28,7 @@ _WITHOUT_EFFECT: Mapping[str, str] = {
 _TEXT_ONLY = "this release answers with free text only"
 _NO_TOOLS = "this release does not call tools"
 _NO_BEAMS = "answers are sampled one by one; for the likeliest tokens use temperature 0"
-# Field -> values by which nothing is asked for (null always is one), why others are refused.
-_REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
+_REFUSED: Refused = {
     "tools": (([],), _NO_TOOLS),
     "functions": (([],), _NO_TOOLS),
     "tool_choice": (("none", "auto"), _NO_TOOLS),
@@ -74,52 +67,16 @@ _REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
 }
 
 
-def refuse_unsupported(values: Mapping[str, Any]) -> None:
-    """Raise RequestError for a field that would change the answer and is not supported."""
-    for name, (harmless, reason) in _REFUSED.items():
-        value = values.get(name)
-        if value is None or any(_is_same(value, other) for other in harmless):
-            continue
-        if name in ("tools", "functions") and values.get("tool_choice") == "none":
-            continue
-        raise RequestError(f"{name} is not supported with this value: {reason}", name)
-
-
-def _is_same(value: Any, other: Any) -> bool:
-    # In Python, true equals 1.
-    return type(value) is type(other) and bool(value == other)
-
-
-def _fields() -> dict[str, Any]:
-    fields = {}
-    for name, reason in _WITHOUT_EFFECT.items():
-        fields[name] = (Any, Field(None, description=f"Without effect: {reason}."))
-    for name, (harmless, reason) in _REFUSED.items():
-        taken = ", ".join(["null", *(repr(value) for value in harmless)])
-        fields[name] = (Any, Field(None, description=f"Only {taken}: {reason}."))
-    return fields
-
-
-class _Supported(RequestBody):
-    @model_validator(mode="before")
+class _Supported(CheckedBody):
     @classmethod
-    def _refuse_other_fields(cls, values: Any) -> Any:
-        if isinstance(values, dict):
-            for name in values:
-                if name not in cls.model_fields:
-                    raise _unknown(str(name)[:_MAX_NAME_LEN], list(cls.model_fields))
-            refuse_unsupported(values)
-        return values
-
-
-def _unknown(name: str, known: list[str]) -> RequestError:
-    close = difflib.get_close_matches(name, known, 1)
-    advice = f"did you mean {close[0]!r}?" if close else "leave it out"
-    return RequestError(f"there is no field {name!r}; {advice}", name)
+    def refuse_unsupported(cls, values: Mapping[str, Any]) -> None:
+        if values.get("tool_choice") == "none":
+            values = {**values, "tools": None, "functions": None}
+        super().refuse_unsupported(values)
 
 
 if TYPE_CHECKING:
     KnownFields = _Supported
 else:
     # A body with the fields of both tables, checked.
-    KnownFields = create_model("KnownFields", __base__=_Supported, **_fields())
+    KnownFields = with_fields("KnownFields", _WITHOUT_EFFECT, _REFUSED, _Supported)
