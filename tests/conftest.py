@@ -6,6 +6,10 @@ from typing import Any
 
 import pytest
 
+# Test processes side by side have more threads than cores; spinning ones would only be in the way.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", "0")
+
 ROOT = Path(__file__).resolve().parents[1]
 DEMO_GGUF = Path("model_weights", "demo", "SmolLM2-135M-Instruct.Q4_1.gguf")
 
@@ -32,4 +36,7 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The stored reference models, converted and compiled at most once in a run."""
     from tiny_models import TinyModels
 
-    return TinyModels(tmp_path_factory.mktemp("tiny_models"))
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent  # all processes of this run have it
+    return TinyModels(base / "tiny_models")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 from numpy.typing import NDArray
 from paged_sequence import PagedSequence
 from reference_cases import get_case
@@ -25,7 +27,10 @@ Logits = NDArray[np.float32]
 
 
 class TinyModels:
-    """Artifacts, libraries and runners by case, quantization and compiler options."""
+    """Artifacts, libraries and runners by case, quantization and compiler options.
+
+    Files below `root` may be shared with other processes, which then wait for each other.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -37,11 +42,13 @@ class TinyModels:
         from mlc_llm.prepare.resolve import convert_weights, write_chat_config_for
 
         output = self.root / name / quantization
-        if not output.exists():
+
+        def make(directory: Path) -> None:
             source = get_case(name).directory
-            write_chat_config_for(source, output, quantization=quantization)
-            convert_weights(source, output, quantization=quantization, progress=NullProgress())
-        return output
+            write_chat_config_for(source, directory, quantization=quantization)
+            convert_weights(source, directory, quantization=quantization, progress=NullProgress())
+
+        return self._made(output, make)
 
     def compile(
         self, name: str, quantization: str = "q0f32", opt: str = FLOAT_OPT, **overrides: Any
@@ -58,8 +65,21 @@ class TinyModels:
         """Return a directory of object files."""
         options = json.dumps([opt, overrides], sort_keys=True).encode()
         output = self.root / name / f"{quantization}-{hashlib.sha256(options).hexdigest()[:16]}"
-        if not output.exists():
-            self.compile(name, quantization, opt, **overrides).save_objects(output)
+
+        def make(directory: Path) -> None:
+            self.compile(name, quantization, opt, **overrides).save_objects(directory)
+
+        return self._made(output, make)
+
+    def _made(self, output: Path, make: Callable[[Path], None]) -> Path:
+        """Return a directory, made in another place if it is missing and then moved to its own."""
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{output}.lock"):
+            if not output.exists():
+                unfinished = output.with_name(f"{output.name}.unfinished")
+                shutil.rmtree(unfinished, ignore_errors=True)
+                make(unfinished)
+                unfinished.rename(output)
         return output
 
     def runner(
