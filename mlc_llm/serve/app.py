@@ -56,6 +56,5 @@ def create_app(models: ServedModels, options: AppOptions, traffic: Traffic) -> F
 
 async def _answer(request: Request, error: Exception) -> Response:
     failure = failure_of(error)
-    return Response(
-        failure.body_bytes, failure.status, failure.headers, media_type="application/json"
-    )
+    body = failure.body_bytes_for(request.scope["path"])
+    return Response(body, failure.status, failure.headers, media_type="application/json")

@@ -1,6 +1,7 @@
-"""From an exception to an HTTP status and an error body in OpenAI's shape; the one place for it.
+"""From an exception to an HTTP status and an error body; the one place for it.
 
-Knows every exception that may leave a route or a guard. Does not send anything.
+Bodies have OpenAI's shape, and Anthropic's on the paths of its API. Knows every exception that may
+leave a route or a guard. Does not send anything.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
@@ -59,6 +60,17 @@ _OF_STATUS: Mapping[int, tuple[str, str]] = {
     431: ("invalid_request_error", "headers_too_large"),
     503: ("server_error", "unavailable"),
 }
+# What Anthropic calls errors of a status; others are those of 400 and of 500.
+_ANTHROPIC_TYPES: Mapping[int, str] = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+_ANTHROPIC_PATH = "/v1/messages"
 
 
 class ErrorDetail(BaseModel):
@@ -74,6 +86,20 @@ class ErrorResponse(BaseModel):
     """The body of every answer that is not a success."""
 
     error: ErrorDetail
+
+
+class AnthropicErrorDetail(BaseModel):
+    """What went wrong, for programs and for people."""
+
+    type: str
+    message: str
+
+
+class AnthropicErrorResponse(BaseModel):
+    """The body of every answer of Anthropic's API that is not a success."""
+
+    type: Literal["error"] = "error"
+    error: AnthropicErrorDetail
 
 
 @dataclass(frozen=True)
@@ -101,7 +127,23 @@ class Failure:
     @property
     def body_bytes(self) -> bytes:
         """The body as sent."""
-        return json.dumps(self.body, ensure_ascii=False).encode("utf-8", "replace")
+        return _encode(self.body)
+
+    @property
+    def anthropic_body_bytes(self) -> bytes:
+        """The body as Anthropic's clients expect it."""
+        usual = "api_error" if self.status >= 500 else "invalid_request_error"
+        kind = _ANTHROPIC_TYPES.get(self.status, usual)
+        return _encode({"type": "error", "error": {"type": kind, "message": self.message}})
+
+    def body_bytes_for(self, path: str) -> bytes:
+        """Return the body in the shape of the API that a path belongs to."""
+        is_theirs = path == _ANTHROPIC_PATH or path.startswith(_ANTHROPIC_PATH + "/")
+        return self.anthropic_body_bytes if is_theirs else self.body_bytes
+
+
+def _encode(body: Mapping[str, Any]) -> bytes:
+    return json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
 
 
 def failure_of_status(

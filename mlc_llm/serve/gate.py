@@ -100,7 +100,7 @@ class Gate:
         try:
             if self._traffic.is_draining and scope["path"] not in _ALWAYS_OPEN:
                 stopping = EngineStopped("the server is shutting down; ask another one")
-                await send_failure(named, failure_of(stopping), linger=receive)
+                await send_failure(scope, named, failure_of(stopping), linger=receive)
                 return
             await self._app(scope, receive, named)
         except ClientDisconnect:
@@ -111,7 +111,7 @@ class Gate:
                 _log.error("request %s failed", request_id, exc_info=error)
             if status:
                 raise _Unfinished from None
-            await send_failure(named, failure)
+            await send_failure(scope, named, failure)
         finally:
             self._traffic.num_in_flight -= 1
             route = getattr(scope.get("route"), "path", "unmatched")

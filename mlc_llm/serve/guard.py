@@ -24,12 +24,14 @@ _LINGER_S = 2.0
 MAX_HEAD_BYTES = 64 * 1024
 
 
-async def send_failure(send: Send, failure: Failure, *, linger: Receive | None = None) -> None:
-    """Send an answer that says why a request was not served.
+async def send_failure(
+    scope: Scope, send: Send, failure: Failure, *, linger: Receive | None = None
+) -> None:
+    """Send an answer that says why the request of `scope` was not served.
 
     linger: where a body may still be coming, to read it for a while before the connection closes.
     """
-    body = failure.body_bytes
+    body = failure.body_bytes_for(scope["path"])
     headers = {"content-type": "application/json", "content-length": str(len(body))}
     headers |= failure.headers
     if linger is not None:
@@ -64,7 +66,8 @@ class KeyGuard:
     """Asks for the API key on every path but `open_paths`.
 
     The path is the one that is routed; no header has a say in it. The key comes as
-    `Authorization: Bearer KEY`, or as the password of HTTP Basic, which browsers can be asked for.
+    `Authorization: Bearer KEY`, as the password of HTTP Basic, which browsers can be asked for, or
+    as `x-api-key: KEY`, which Anthropic's clients send.
     """
 
     def __init__(self, app: ASGIApp, key: str, open_paths: Collection[str] = ("/health",)) -> None:
@@ -77,7 +80,7 @@ class KeyGuard:
         if scope["type"] != "http" or scope["path"] in self._open_paths or self._is_known(scope):
             await self._app(scope, receive, send)
             return
-        is_given = bool(headers_of(scope, b"authorization"))
+        is_given = any(headers_of(scope, name) for name in (b"authorization", b"x-api-key"))
         failure = failure_of(
             AuthenticationError(
                 "the API key is wrong"
@@ -89,13 +92,18 @@ class KeyGuard:
             # A browser asks the person before it for the key only when challenged so.
             basic = {"www-authenticate": 'Basic realm="mlc_llm"'}
             failure = dataclasses.replace(failure, headers=basic)
-        await send_failure(send, failure, linger=receive)
+        await send_failure(scope, send, failure, linger=receive)
 
     def _is_known(self, scope: Scope) -> bool:
         # Digests have one length, so the time of the comparison tells nothing of the key.
-        given = [_secret_in(value) for value in headers_of(scope, b"authorization")]
+        bearers, keys = headers_of(scope, b"authorization"), headers_of(scope, b"x-api-key")
+        if len(bearers) > 1 or len(keys) > 1:
+            return False
+        given = [*map(_secret_in, bearers), *(key.strip() for key in keys)]
         digests = [hashlib.sha256(secret).digest() for secret in given]
-        return len(digests) == 1 and hmac.compare_digest(digests[0], self._digest)
+        return bool(digests) and all(
+            [hmac.compare_digest(digest, self._digest) for digest in digests]
+        )
 
 
 def _secret_in(header: bytes) -> bytes:
@@ -128,7 +136,7 @@ class HostGuard:
             await self._app(scope, receive, send)
             return
         message = "this server does not answer for that Host; add it with --allow-hosts"
-        await send_failure(send, failure_of_status(403, message), linger=receive)
+        await send_failure(scope, send, failure_of_status(403, message), linger=receive)
 
     def _is_known(self, scope: Scope) -> bool:
         values = headers_of(scope, b"host")
@@ -161,11 +169,11 @@ class SizeLimits:
         head_bytes = len(scope["raw_path"]) + len(scope["query_string"])
         head_bytes += sum(len(name) + len(value) for name, value in scope["headers"])
         if head_bytes > self._max_head_bytes:
-            await send_failure(send, head_too_large(self._max_head_bytes), linger=receive)
+            await send_failure(scope, send, head_too_large(self._max_head_bytes), linger=receive)
             return
         announced = headers_of(scope, b"content-length")
         if announced and int(announced[0]) > self._max_body_bytes:
-            await send_failure(send, failure_of(self._body_too_large()), linger=receive)
+            await send_failure(scope, send, failure_of(self._body_too_large()), linger=receive)
             return
         num_bytes = 0
 

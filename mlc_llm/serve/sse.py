@@ -7,7 +7,8 @@ the events say.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from pydantic import BaseModel
@@ -16,14 +17,13 @@ from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from mlc_llm.errors import MlcError
-from mlc_llm.serve.errors import failure_of
+from mlc_llm.serve.errors import Failure, failure_of
 
 # A client that takes nothing for so long is given up.
 SEND_TIMEOUT_S = 30.0
 # The key of `scope["state"]` under which the HTTP server puts the connection.
 TRANSPORT = "transport"
 
-_DONE = b"data: [DONE]\n\n"
 _HEADERS = (
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-store"),
@@ -33,6 +33,36 @@ _HEADERS = (
 
 _T = TypeVar("_T")
 _Chunk = TypeVar("_Chunk", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class EventFormat:
+    """How a protocol writes chunks and failures as events, and what it sends after the last one."""
+
+    write: Callable[[Any], bytes]
+    write_failure: Callable[[Failure], bytes]
+    end: bytes = b""
+
+
+def event_of(chunk: BaseModel) -> bytes:
+    """Return a chunk as an event without a name."""
+    return b"data: " + chunk.__pydantic_serializer__.to_json(chunk) + b"\n\n"
+
+
+def named_event(name: str, data: bytes) -> bytes:
+    """Return JSON as an event with a name."""
+    return b"event: " + name.encode() + b"\ndata: " + data + b"\n\n"
+
+
+def named_event_of(chunk: Any) -> bytes:
+    """Return a chunk that has a `type` as an event of that name."""
+    return named_event(chunk.type, chunk.__pydantic_serializer__.to_json(chunk))
+
+
+# Chats and completions.
+PLAIN = EventFormat(
+    event_of, lambda failure: b"data: " + failure.body_bytes + b"\n\n", b"data: [DONE]\n\n"
+)
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, _T]) -> _T:
@@ -67,7 +97,10 @@ async def _cancel(task: asyncio.Future[Any]) -> None:
 
 
 async def start_events(
-    request: Request, opening: Awaitable[AsyncIterator[_Chunk]], send_timeout_s: float
+    request: Request,
+    opening: Awaitable[AsyncIterator[_Chunk]],
+    send_timeout_s: float,
+    form: EventFormat = PLAIN,
 ) -> EventStream:
     """Return the answer that sends the chunks, once the first one is there.
 
@@ -81,7 +114,7 @@ async def start_events(
         except BaseException:
             await _close(chunks)
             raise
-        return EventStream(first, chunks, send_timeout_s)
+        return EventStream(first, chunks, send_timeout_s, form)
 
     return await while_connected(request.receive, open_and_wait())
 
@@ -94,10 +127,10 @@ async def _close(chunks: AsyncIterator[Any]) -> None:
 
 
 class EventStream(Response):
-    """Sends chunks as `data: {json}` events and `data: [DONE]` at the end.
+    """Sends chunks as events.
 
-    An error on the way is an event with an `error`, the last one. When the client goes away, or
-    takes nothing for `send_timeout_s`, the chunks are closed and the connection too.
+    An error on the way is the last event. When the client goes away, or takes nothing for
+    `send_timeout_s`, the chunks are closed and the connection too.
     """
 
     def __init__(
@@ -105,12 +138,14 @@ class EventStream(Response):
         first: BaseModel | None,
         chunks: AsyncIterator[BaseModel],
         send_timeout_s: float = SEND_TIMEOUT_S,
+        form: EventFormat = PLAIN,
     ) -> None:
         self.status_code = 200
         self.background = None
         self._first = first
         self._chunks = chunks
         self._send_timeout_s = send_timeout_s
+        self._form = form
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send everything."""
@@ -122,28 +157,20 @@ class EventStream(Response):
     async def _send_all(self, scope: Scope, send: Send) -> None:
         with _Patience(scope, self._send_timeout_s) as patience:
             await send({"type": "http.response.start", "status": 200, "headers": list(_HEADERS)})
+            write, write_failure = self._form.write, self._form.write_failure
             try:
                 if self._first is not None:
-                    await patience.send(send, event_of(self._first))
+                    await patience.send(send, write(self._first))
                     async for chunk in self._chunks:
-                        await patience.send(send, event_of(chunk))
-                last = _DONE
+                        await patience.send(send, write(chunk))
+                last = self._form.end
             except MlcError as error:
-                last = _event_of_failure(error)
+                last = write_failure(failure_of(error))
             except Exception as error:
-                await patience.send(send, _event_of_failure(error))
+                await patience.send(send, write_failure(failure_of(error)))
                 raise
             await patience.send(send, last)
             await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-def event_of(chunk: BaseModel) -> bytes:
-    """Return a chunk as one event."""
-    return b"data: " + chunk.__pydantic_serializer__.to_json(chunk) + b"\n\n"
-
-
-def _event_of_failure(error: Exception) -> bytes:
-    return b"data: " + failure_of(error).body_bytes + b"\n\n"
 
 
 class _Patience:

@@ -52,6 +52,29 @@ def test_status_of_errors(error: Exception, status: int, kind: str, code: str | 
 
 
 @pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (RequestError("m", "n"), "invalid_request_error"),
+        (AuthenticationError("m"), "authentication_error"),
+        (HTTPException(403), "permission_error"),
+        (UnknownModel("m"), "not_found_error"),
+        (HTTPException(405), "invalid_request_error"),
+        (RequestTimeout("m"), "timeout_error"),
+        (HTTPException(413), "request_too_large"),
+        (QueueFull("m"), "rate_limit_error"),
+        (StepFailed("m"), "api_error"),
+        (EngineStopped("m"), "overloaded_error"),
+    ],
+)
+def test_errors_as_anthropic_calls_them(error: Exception, kind: str) -> None:
+    failure = failure_of(error)
+    for path in ("/v1/messages", "/v1/messages/count_tokens"):
+        body = json.loads(failure.body_bytes_for(path))
+        assert body == {"type": "error", "error": {"type": kind, "message": failure.message}}
+    assert failure.body_bytes_for("/v1/chat/completions") == failure.body_bytes
+
+
+@pytest.mark.parametrize(
     "error", [KeyError("/etc/passwd"), ValueError("secret"), DeviceError("/dev/x is broken")]
 )
 def test_unexpected_errors_tell_nothing(error: Exception) -> None:

@@ -81,6 +81,9 @@ def test_the_key_opens(client: httpx.Client) -> None:
     basic = base64.b64encode(f"anyone:{KEY}".encode()).decode()
     response = client.get("/v1/models", headers={"authorization": f"Basic {basic}"})
     assert response.status_code == 200
+    assert client.get("/v1/models", headers={"x-api-key": KEY}).status_code == 200
+    both = {"x-api-key": KEY, **bearer(KEY)}
+    assert client.get("/v1/models", headers=both).status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -93,7 +96,10 @@ def test_the_key_opens(client: httpx.Client) -> None:
         {"authorization": KEY},
         {"authorization": f"Basic {KEY}"},
         {"authorization": "Basic !!!"},
-        {"x-api-key": KEY},
+        {"x-api-key": "wrong"},
+        {"x-api-key": f"Bearer {KEY}"},
+        {"x-api-key": KEY, **bearer("wrong")},
+        {"x-api-key": "wrong", **bearer(KEY)},
     ],
 )
 def test_without_the_key_nothing_is_answered(client: httpx.Client, headers: dict[str, str]) -> None:
@@ -107,6 +113,22 @@ def test_without_the_key_nothing_is_answered(client: httpx.Client, headers: dict
 def test_two_keys_are_no_key(client: httpx.Client) -> None:
     headers = [("authorization", f"Bearer {KEY}"), ("authorization", "Bearer other")]
     assert client.get("/v1/models", headers=headers).status_code == 401
+    headers = [("x-api-key", KEY), ("x-api-key", KEY)]
+    assert client.get("/v1/models", headers=headers).status_code == 401
+
+
+def test_refusals_have_the_shape_of_the_api_they_are_for(client: httpx.Client) -> None:
+    for path in ("/v1/messages", "/v1/messages/count_tokens"):
+        response = client.post(path, json={})
+        assert response.status_code == 401
+        body = response.json()
+        assert body.keys() == {"type", "error"} and body["type"] == "error"
+        assert body["error"]["type"] == "authentication_error" and body["error"]["message"]
+        body = client.post(path, content=b"x" * (MAX_BYTES + 1), headers=bearer(KEY)).json()
+        assert body["error"]["type"] == "request_too_large"
+        body = client.post(path, json={}, headers={"host": "evil.example", **bearer(KEY)}).json()
+        assert body["error"]["type"] == "permission_error"
+    assert error_of(client.post("/v1/messagesx", json={}))["code"] == "invalid_api_key"
 
 
 @pytest.mark.parametrize("path", ["/other", "/", "/docs", "/metrics", "//health", "/health/"])
