@@ -70,10 +70,8 @@ class TensorSpec:
 
 
 # Declared types of configuration fields that are checked when read.
-_CHECKED: dict[Any, type] = {
-    **{"str": str, "int": int, "list[str]": list},
-    **{"dict[str, Any]": dict, "dict[str, str]": dict},
-}
+_CHECKED: dict[Any, type] = {"str": str, "int": int, "list[str]": list}
+_CHECKED |= {"dict[str, Any]": dict, "dict[str, str]": dict}
 
 
 @dataclass(frozen=True)
@@ -382,6 +380,7 @@ class LibraryMetadata:
     embedding_metadata: dict[str, Any] | None = None
     states: list[TensorSpec] = field(default_factory=list)  # recurrent state: tensors of one slot
     unused_modules: list[str] = field(default_factory=list)  # ends of paths, see Family
+    lookup_tables: list[str] = field(default_factory=list)  # paths of modules read row by row
 
     def to_json(self) -> str:
         """Return the JSON text stored in the library."""

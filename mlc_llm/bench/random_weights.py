@@ -6,14 +6,13 @@ that nothing overflows; what the model says is noise.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mlc_llm.artifact import TensorSpec, numpy_dtype
+from mlc_llm.artifact import LibraryMetadata, TensorSpec, numpy_dtype
 from mlc_llm.runtime.library import Library
 from mlc_llm.runtime.memory import aligned_zeros
 from mlc_llm.runtime.parameters import pack_parameters
@@ -40,19 +39,16 @@ def random_parameters(library: Library, bits: int, seed: int) -> list[NDArray[An
     return [_own(array) if source.shares(array) else array for array in packed]
 
 
-def weight_bytes_of(
-    specs: Sequence[TensorSpec],
-    parameters: Sequence[NDArray[Any]],
-    model_config: Mapping[str, Any] = MappingProxyType({}),
-) -> int:
+def weight_bytes_of(metadata: LibraryMetadata, parameters: Sequence[NDArray[Any]]) -> int:
     """Return the bytes of packed parameters that a decode step of one sequence reads.
 
-    All of them, but for the embedding table where the output layer has weights of its own, of which
-    only rows are read, and experts (stacked in arrays of three dimensions) that a token has not.
+    All of them, but for tables of which only rows are read, and experts (stacked in arrays of three
+    dimensions) that a token has not.
     """
+    specs, model_config = metadata.params, metadata.model_config
     total = sum(array.nbytes for array in parameters)
-    if any(spec.name.startswith("lm_head.") for spec in specs):
-        total -= sum(spec.size_bytes for spec in specs if ".embed_tokens." in spec.name)
+    tables = set(metadata.lookup_tables)
+    total -= sum(spec.size_bytes for spec in specs if spec.name.rpartition(".")[0] in tables)
     found = (model_config.get(name) for name in _NUM_EXPERTS)
     num_experts = next((count for count in found if count), None)
     if num_experts:

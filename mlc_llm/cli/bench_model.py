@@ -104,7 +104,7 @@ def load_subject(
     runner = CompiledRunner(loaded, parameters, num_pages, num_state_slots_of(workloads))
     load_s = time.perf_counter() - start
     runner.touch_pages()
-    weight_bytes = weight_bytes_of(metadata.params, parameters, metadata.model_config)
+    weight_bytes = weight_bytes_of(metadata, parameters)
     return LoadedModel(runner, config.quantization, num_threads(), weight_bytes, load_s, compile_s)
 
 

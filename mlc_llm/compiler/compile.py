@@ -21,6 +21,7 @@ from mlc_llm.artifact import (
     write_atomically,
 )
 from mlc_llm.compiler.pipeline import PACK_FUNCTION, num_packed, phases, temporary_bytes
+from mlc_llm.compiler.tables import lookup_tables
 from mlc_llm.compiler.target import describe_target, host_triple
 from mlc_llm.errors import CompileError, LinkerNotFound, OptionError
 from mlc_llm.kernels.cpu.isa import find_bf16_isa, find_isa
@@ -254,6 +255,7 @@ def describe(
         model_config=shape.to_json(),
         embedding_metadata=None if family.embedding is None else dict(family.embedding),
         unused_modules=list(family.unused_modules),
+        lookup_tables=lookup_tables(model, task),
         images=None if model.image_inputs is None else model.image_inputs.to_json(),
     )
 

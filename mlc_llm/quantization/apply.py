@@ -62,7 +62,7 @@ def build_quantized(
     weights, and to bfloat16, for bfloat16 weights; None keeps activations float32.
     """
     model = family.build(config, scheme.dtype)
-    for path, layer in list(_named_modules(model, "")):
+    for path, layer in list(named_modules(model, "")):
         replacement = _quantized_layer(path, layer, scheme, int8_isa, formats.get(path))
         if replacement is None and scheme.dtype == "bfloat16" and bf16_isa is not None:
             replacement = _bf16_layer(layer, bf16_isa)
@@ -82,7 +82,7 @@ def plan_parameters(
     formats: as for `build_quantized`.
     """
     model = family.build(config, scheme.dtype)
-    modules = dict(_named_modules(model, ""))
+    modules = dict(named_modules(model, ""))
     plans = []
     for name, parameter in model.named_parameters():
         path, _, leaf = name.rpartition(".")
@@ -128,7 +128,7 @@ def native_formats(
         return {}
     model = family.build(config, scheme.dtype)
     formats = {}
-    for path, layer in _named_modules(model, ""):
+    for path, layer in named_modules(model, ""):
         if not isinstance(layer, (Linear, Embedding)) or _is_gate(path, layer):
             continue
         rule = family.rule_for(f"{path}.weight", config)
@@ -232,7 +232,8 @@ def _bf16_layer(layer: nn.Module, isa: str) -> nn.Module | None:
     return Bf16Embedding(layer, isa) if isinstance(layer, Embedding) else None
 
 
-def _named_modules(module: nn.Module, prefix: str) -> Any:
+def named_modules(module: nn.Module, prefix: str) -> Any:
+    """Yield the path and the module of everything in a module; paths begin with `prefix`."""
     for name, child in vars(module).items():
         path = f"{prefix}{name}"
         if isinstance(child, nn.ModuleList):
@@ -240,10 +241,10 @@ def _named_modules(module: nn.Module, prefix: str) -> Any:
         if isinstance(child, Unquantized):
             continue
                 yield f"{path}.{index}", item
-                yield from _named_modules(item, f"{path}.{index}.")
+                yield from named_modules(item, f"{path}.{index}.")
         elif isinstance(child, nn.Module):
             yield path, child
-            yield from _named_modules(child, f"{path}.")
+            yield from named_modules(child, f"{path}.")
 
 
 def _replace(model: nn.Module, path: str, layer: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,8 @@ from mlc_llm.artifact import TensorSpec
 from mlc_llm.bench.random_weights import RandomSource, weight_bytes_of
 from mlc_llm.quantization.group import dequantize_group
 from mlc_llm.quantization.schemes import SCHEMES
+
+from .fakes import METADATA
 
 GROUP_SCHEMES = [scheme for scheme in SCHEMES.values() if scheme.kind == "group"]
 FLOAT_SPECS = [
@@ -91,20 +94,22 @@ def test_parameters_of_a_kind_differ_and_are_aligned_views() -> None:
     assert first.ctypes.data % 64 == 0 == second.ctypes.data % 64
 
 
-def test_an_untied_embedding_table_is_not_read() -> None:
-    table = TensorSpec("model.embed_tokens.q_weight", (10, 4), "uint32")
-    head = TensorSpec("lm_head.q_weight", (10, 4), "uint32")
-    other = TensorSpec("model.norm.weight", (8,), "float16")
-    packed = np.zeros((10, 4), np.uint32)
-    norm = np.zeros(8, np.float16)
-    assert weight_bytes_of([table, head, other], [packed, packed, norm]) == 160 + 16
-    assert weight_bytes_of([table, other], [packed, norm]) == 160 + 16
+def test_a_table_that_is_only_looked_up_in_is_not_read() -> None:
+    table = TensorSpec("transformer.wte.q_weight", (10, 4), "uint32")
+    norm = TensorSpec("transformer.wte_norm.weight", (8,), "float16")
+    parameters = [np.zeros(table.shape, np.uint32), np.zeros(norm.shape, np.float16)]
+    metadata = dataclasses.replace(METADATA, params=[table, norm])
+    assert weight_bytes_of(metadata, parameters) == 160 + 16
+    untied = dataclasses.replace(metadata, lookup_tables=["transformer.wte"])
+    assert weight_bytes_of(untied, parameters) == 16
 
 
 def test_experts_that_a_token_has_not_are_not_read() -> None:
     experts = TensorSpec("model.layers.0.moe.e2.q_weight", (8, 10, 4), "uint32")
     other = TensorSpec("model.layers.0.moe.gate.weight", (8, 4), "float16")
     parameters = [np.zeros(experts.shape, np.uint32), np.zeros(other.shape, np.float16)]
-    specs, config = [experts, other], {"num_local_experts": 8, "num_experts_per_tok": 2}
-    assert weight_bytes_of(specs, parameters) == 8 * 160 + 64
-    assert weight_bytes_of(specs, parameters, config) == 2 * 160 + 64
+    config = {"num_local_experts": 8, "num_experts_per_tok": 2}
+    metadata = dataclasses.replace(METADATA, params=[experts, other])
+    assert weight_bytes_of(metadata, parameters) == 8 * 160 + 64
+    metadata = dataclasses.replace(metadata, model_config=config)
+    assert weight_bytes_of(metadata, parameters) == 2 * 160 + 64
