@@ -236,10 +236,10 @@ def named_modules(module: nn.Module, prefix: str) -> Any:
     """Yield the path and the module of everything in a module; paths begin with `prefix`."""
     for name, child in vars(module).items():
         path = f"{prefix}{name}"
-        if isinstance(child, nn.ModuleList):
-            for index, item in enumerate(child):
         if isinstance(child, Unquantized):
             continue
+        if isinstance(child, nn.ModuleList):
+            for index, item in enumerate(child):
                 yield f"{path}.{index}", item
                 yield from named_modules(item, f"{path}.{index}.")
         elif isinstance(child, nn.Module):
