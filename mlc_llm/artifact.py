@@ -376,9 +376,9 @@ class LibraryMetadata:
     pipeline_parallel_stages: int = 1
     model_task: str = "chat"
     model_config: dict[str, Any] = field(default_factory=dict)
-    images: dict[str, Any] | None = None  # what images the library takes, see `images.inputs`
     embedding_metadata: dict[str, Any] | None = None
     states: list[TensorSpec] = field(default_factory=list)  # recurrent state: tensors of one slot
+    images: dict[str, Any] | None = None  # what images the library takes, see `images.inputs`
     unused_modules: list[str] = field(default_factory=list)  # ends of paths, see Family
     lookup_tables: list[str] = field(default_factory=list)  # paths of modules read row by row
 
