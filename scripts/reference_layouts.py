@@ -207,6 +207,15 @@ def _chatglm(case: dict[str, Any], config: Config, tensors: Tensors) -> tuple[Co
     return fields, written
 
 
+def _llama4(case: dict[str, Any], config: Config, tensors: Tensors) -> tuple[Config, Tensors]:
+    """Put the text part beside a model of images, whose tensors are of no use here."""
+    written = {f"language_model.{name}": tensor for name, tensor in tensors.items()}
+    written["vision_model.class_embedding"] = np.ones(4, np.float32)
+    written["multi_modal_projector.linear_1.weight"] = np.ones((4, 4), np.float32)
+    fields = {"architectures": ["Llama4ForConditionalGeneration"], "model_type": "llama4"}
+    return {**fields, "text_config": config, "vision_config": {"hidden_size": 4}}, written
+
+
 def _replace(name: str, names: dict[str, str]) -> str:
     for ours, theirs in names.items():
         name = name.replace(ours, theirs)
@@ -221,4 +230,5 @@ LAYOUTS: dict[str, Layout] = {
     "orion": _orion,
     "minicpm": _minicpm,
     "chatglm": _chatglm,
+    "llama4": _llama4,
 }

@@ -18,6 +18,7 @@ import ml_dtypes
 import mlc_names_deepseek
 import mlc_names_dense
 import mlc_names_gpt
+import mlc_names_llama4
 import mlc_names_moe
 import mlc_names_recurrent
 import numpy as np
@@ -137,6 +138,9 @@ def fuse(config: Mapping[str, Any], weights: Mapping[str, Array]) -> Iterator[tu
         return
     if config["model_type"] in mlc_names_deepseek.MODEL_TYPES:
         yield from mlc_names_deepseek.fuse(config, weights)
+        return
+    if config["model_type"] in mlc_names_llama4.MODEL_TYPES:
+        yield from mlc_names_llama4.fuse(config, weights)
         return
     if config["model_type"] in mlc_names_gpt.MODEL_TYPES:
         yield from mlc_names_gpt.fuse(config, weights)
@@ -264,6 +268,9 @@ def make_model_config(
     if config["model_type"] in mlc_names_deepseek.MODEL_TYPES:
         limits = {"context_window_size": context, "prefill_chunk_size": chunk}
         return {**mlc_names_deepseek.model_config(config), **limits, "max_batch_size": 128}
+    if config["model_type"] in mlc_names_llama4.MODEL_TYPES:
+        limits = {"context_window_size": context, "prefill_chunk_size": chunk}
+        return {**mlc_names_llama4.model_config(config), **limits, "max_batch_size": 128}
     if config["model_type"] in mlc_names_gpt.MODEL_TYPES:
         limits = {"context_window_size": context, "prefill_chunk_size": chunk}
         return {**mlc_names_gpt.model_config(config), **limits, "tensor_parallel_shards": 1}

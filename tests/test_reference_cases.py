@@ -61,6 +61,16 @@ FEATURES = [
     ("baichuan_alibi", {"max_position_embeddings": 256}),
     ("cohere", {"logit_scale": 0.25}),
     ("starcoder2", {"sliding_window": 10}),
+    *(
+        ("llama4_text", edit)
+        for edit in (
+            {"attention_chunk_size": 10},
+            {"use_qk_norm": False},
+            {"attn_temperature_tuning": False},
+            {"no_rope_layers": [1, 1, 1, 1]},
+            {"num_experts_per_tok": 2},
+        )
+    ),
     ("chatglm", {"rope_ratio": 1.0}),
 ]
 

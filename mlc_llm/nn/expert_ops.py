@@ -60,10 +60,19 @@ def route(logits: nn.Tensor, routing_: Routing, bias: nn.Tensor | None = None) -
     return Routes(routing_, chosen, weights, order, plan)
 
 
-def mix(y: nn.Tensor, routes: Routes) -> nn.Tensor:
-    """Return the weighted sums (n, width) of what a token's experts made of it; y has its pairs."""
+def weigh(y: nn.Tensor, routes: Routes) -> nn.Tensor:
+    """Return y (n * top_k, width), a row a pair, with each row times its weight."""
+    kernel = kernel_of(routing.weigh, routes.routing.top_k, int(y.shape[1]))
+    return emit("weigh", kernel, [y, routes.weights], y.shape)
+
+
+def mix(y: nn.Tensor, routes: Routes, is_weighted: bool = True) -> nn.Tensor:
+    """Return the weighted sums (n, width) of what a token's experts made of it; y has its pairs.
+
+    is_weighted: False where `weigh` came before.
+    """
     width = int(y.shape[1])
-    kernel = kernel_of(routing.mix, routes.routing.top_k, width)
+    kernel = kernel_of(routing.mix, routes.routing.top_k, width, is_weighted)
     return emit("mix", kernel, [y, routes.weights], [routes.chosen.shape[0], width])
 
 

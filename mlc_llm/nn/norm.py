@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 from tvm.relax.frontend import nn
 
 from mlc_llm.kernels.cpu.attention import AttentionShape
@@ -89,3 +90,15 @@ def norm_heads(
         is_centered=isinstance(q_norm, HeadLayerNorm),
     )
     return row_ops.norm_heads(qkv, q_norm.weight, k_norm.weight, head_norm)
+
+
+def unit_heads(qkv: nn.Tensor, eps: float, shape: AttentionShape) -> nn.Tensor:
+    """Return [q; k; v] with every query and key head divided by its root mean square."""
+    heads, kv_heads, head_dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
+    ones = nn.Tensor.from_const(np.ones(head_dim, np.float32))
+    norm = HeadNorm(
+        *(heads, head_dim, head_dim, kv_heads, head_dim, head_dim),
+        v_width=kv_heads * head_dim,
+        eps=eps,
+    )
+    return row_ops.norm_heads(qkv, ones, ones, norm)

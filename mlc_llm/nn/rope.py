@@ -106,7 +106,7 @@ def _llama3(rope: RopeConfig) -> Frequencies:
     low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
     context = rope.number("original_max_position_embeddings")
     wavelengths = 2 * math.pi / frequencies
-    ramp = (context / wavelengths - low) / (high - low)
+    ramp = (context / wavelengths - low) / ((high - low) or 1.0)  # Llama 4 has no ramp
     blended = (1 - ramp) * frequencies / factor + ramp * frequencies
     scaled = np.where(wavelengths > context / low, frequencies / factor, blended)
     return np.where(wavelengths < context / high, frequencies, scaled).astype(np.float32)

@@ -9,9 +9,10 @@ import numpy as np
 from tvm.relax.frontend import nn
 
 from mlc_llm.kernels.cpu import activation as activation_kernels
-from mlc_llm.kernels.cpu import elementwise
+from mlc_llm.kernels.cpu import elementwise, query_scale
 from mlc_llm.kernels.cpu import norm as norm_kernels
 from mlc_llm.kernels.cpu.norm import HeadNorm
+from mlc_llm.kernels.cpu.query_scale import QueryScale
 from mlc_llm.nn.activations import ACTIVATIONS
 from mlc_llm.nn.ops import Rows, emit, kernel_of, silu_mul
 
@@ -41,6 +42,12 @@ def norm_heads(x: nn.Tensor, q: nn.Tensor, k: nn.Tensor, shape: HeadNorm) -> nn.
     flat = [w if len(w.shape) == 1 else nn.op.reshape(w, (-1,)) for w in (q, k)]
     kernel = kernel_of(norm_kernels.norm_heads, shape, q.dtype)
     return emit("norm_heads", kernel, [x, *flat], x.shape)
+
+
+def scale_queries(x: nn.Tensor, positions: nn.Tensor, q_width: int, scale: QueryScale) -> nn.Tensor:
+    """Return rows [q; k; v] (n, width) float32 with queries scaled by positions (n) int32."""
+    kernel = kernel_of(query_scale.scale_queries, scale, q_width, int(x.shape[1]))
+    return emit("scale_queries", kernel, [x, positions], x.shape)
 
 
 def activate(x: nn.Tensor, name: str) -> nn.Tensor:

@@ -42,7 +42,8 @@ from mlc_llm.quantization.storage import (
 )
 
 _FINAL_LAYERS = ("head", "lm_head", "lm_head.linear", "embed_out")
-# Layers called `gate` with up to so many outputs choose experts and stay as they are.
+# Layers of these names with up to so many outputs choose experts and stay as they are.
+_GATES = ("gate", "router")
 _MAX_GATE_FEATURES = 256
 
 
@@ -189,7 +190,7 @@ def _cast_store(dtype: str) -> Quantize:
 
 def _is_gate(path: str, layer: nn.Module) -> bool:
     is_small = isinstance(layer, Linear) and layer.out_features <= _MAX_GATE_FEATURES
-    return is_small and path.endswith("gate")
+    return is_small and path.endswith(_GATES)
 
 
 def _is_quantized(path: str, layer: nn.Module, scheme: Scheme) -> bool:

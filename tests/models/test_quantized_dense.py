@@ -36,10 +36,11 @@ from mlc_llm.runtime.parameters import load_parameters
 from mlc_llm.weights.shards import ShardWriter
 
 # One for each kind of layer, of names and of rules: sandwiched norms and soft caps; q, k and v
-# apart; fused checkpoints; norms after; parallel halves; no gate; factors; ALiBi; own modules.
+# apart; fused checkpoints; norms after; parallel halves; no gate; factors; ALiBi; own modules;
+# experts that get a share.
 CASES = [
     *("gemma2", "gemma3_text", "phi3", "olmo2", "cohere_qk_norm", "nemotron", "minicpm"),
-    *("baichuan_alibi", "internlm2", "chatglm"),
+    *("baichuan_alibi", "internlm2", "chatglm", "llama4_text"),
 ]
 # Sums of the same float32 products in another order.
 SAME_WEIGHTS = 1e-5
@@ -61,7 +62,7 @@ def dequantized_artifact(models: TinyModels, name: str, quantization: str, outpu
             [array] = arrays
         else:
             transposed = scheme.layout == "KN" and "embed" not in item.name
-            array = dequantize_group(*arrays, scheme, item.shape[1], transposed=transposed)
+            array = dequantize_group(*arrays, scheme, item.shape[-1], transposed=transposed)
         spec = dataclasses.replace(item.outputs[0], name=item.name, shape=item.shape)
         values.append((dataclasses.replace(spec, dtype="float32"), array.astype(np.float32)))
     writer = ShardWriter(output, [spec for spec, _ in values], "dequantized")

@@ -53,6 +53,15 @@ def test_llama3_keeps_fast_and_stretches_slow_rotations() -> None:
     assert (np.diff(found) < 0).all()
 
 
+def test_llama3_without_a_ramp() -> None:
+    scaling = {**LLAMA3, "high_freq_factor": 1.0}  # Llama 4
+    found = RopeConfig(500000.0, 128, scaling).inverse_frequencies()
+    frequencies = plain(500000.0, 128)
+    slow = 8192 * frequencies / (2 * math.pi) < 1
+    assert 0 < slow.sum() < len(slow)
+    np.testing.assert_allclose(found, np.where(slow, frequencies / 8, frequencies), rtol=1e-6)
+
+
 def test_dynamic_raises_the_base_beyond_what_was_trained() -> None:
     scaling = {"rope_type": "dynamic", "factor": 4.0, "original_max_position_embeddings": 100}
     within = RopeConfig(10000.0, 32, scaling, context_len=100).inverse_frequencies()

@@ -248,9 +248,33 @@ def order_by_expert(num_experts: int, top_k: int) -> Any:
     return order_by_expert_kernel
 
 
-def mix(top_k: int, width: int) -> Any:
+def weigh(top_k: int, width: int) -> Any:
+    """Weigh: y (n * top_k, width) float32, a row a pair, weights (n, top_k) float32
+    -> y with every row times its weight.
+    """
+    lanes = vector_lanes(width)
+
+    @T.prim_func(private=True, s_tir=True)
+    def weigh_kernel(y_handle: T.handle, weights_handle: T.handle, out_handle: T.handle) -> None:
+        T.func_attr({"tirx.noalias": True})
+        n = T.int32()
+        pairs = T.int32()
+        y = T.match_buffer(y_handle, (pairs, width), "float32")
+        weights = T.match_buffer(weights_handle, (n, top_k), "float32")
+        out = T.match_buffer(out_handle, (pairs, width), "float32")
+        for pair in T.serial(pairs):
+            for i in T.serial(width // lanes):
+                out[pair, span(i * lanes, lanes)] = y[pair, span(i * lanes, lanes)] * splat(
+                    weights[pair // top_k, pair % top_k], lanes
+                )
+
+    return weigh_kernel
+
+
+def mix(top_k: int, width: int, is_weighted: bool = True) -> Any:
     """Mix: y (n * top_k, width) float32, a row a pair, weights (n, top_k) float32
-    -> (n, width), the weighted sums of each token's rows, in the order of its choices.
+    -> (n, width), the weighted sums of each token's rows, in the order of its choices. If not
+    is_weighted, rows have their weights already.
     """
     lanes = vector_lanes(width)
 
@@ -262,7 +286,7 @@ def mix(top_k: int, width: int) -> Any:
             for j in T.unroll(top_k):
                 total[span(0, lanes)] = multiply_add(
                     y[t * top_k + j, span(i * lanes, lanes)],
-                    splat(weights[t, j], lanes),
+                    splat(weights[t, j] if is_weighted else T.float32(1), lanes),
                     total[span(0, lanes)],
                     lanes,
                 )

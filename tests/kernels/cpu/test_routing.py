@@ -138,6 +138,19 @@ def test_mixing(build: Any, rng: np.random.Generator, top_k: int, width: int) ->
         np.testing.assert_array_equal(found, together[:n])
 
 
+@pytest.mark.parametrize(("top_k", "width"), [(2, 37), (1, 16)])
+def test_weights_before_mixing(
+    build: Any, rng: np.random.Generator, top_k: int, width: int
+) -> None:
+    y = rng.standard_normal((7 * top_k, width)).astype(np.float32)
+    weights = rng.uniform(0, 1, (7, top_k)).astype(np.float32)
+    weighed = build(kernels.weigh(top_k, width))(y, weights, shape=y.shape)
+    np.testing.assert_array_equal(weighed, y * weights.reshape(-1, 1))
+    mixed = build(kernels.mix(top_k, width, False))(weighed, weights, shape=(7, width))
+    expected = weighed.reshape(7, top_k, width).astype(np.float64).sum(axis=1)
+    np.testing.assert_allclose(mixed, expected, rtol=1e-6, atol=1e-6)
+
+
 def test_scaling_by_a_gate(build: Any, rng: np.random.Generator) -> None:
     kernel = build(kernels.scale_by_sigmoid(37))
     x = rng.standard_normal((5, 37)).astype(np.float32)
