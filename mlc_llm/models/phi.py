@@ -185,6 +185,11 @@ def _first_name(config: PhiConfig, parameter: str) -> ParamRule | None:
 
 
 FAMILY = Family("phi", ("PhiForCausalLM",), PhiConfig, Phi, special=_transformers_name)
+# Its later checkpoints name the class as those of transformers do; `model_type` tells them apart.
 MIXFORMER = Family(
-    "phi-msft", ("MixFormerSequentialForCausalLM",), MixFormerConfig, Phi, special=_first_name
+    "phi-msft",
+    ("MixFormerSequentialForCausalLM", "PhiForCausalLM"),
+    MixFormerConfig,
+    Phi,
+    special=_first_name,
 )

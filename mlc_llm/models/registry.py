@@ -118,7 +118,8 @@ def find_family(config: Mapping[str, Any], model_type: str = "auto", task: str =
         if any(name in family.architectures for name in architectures)
     ]
     if fitting:
-        return next((family for family in fitting if family.task == task), fitting[0])
+        fitting = [family for family in fitting if family.task == task] or fitting
+        return next((family for family in fitting if family.name == named), fitting[0])
     if not architectures and config.get("model_type") in FAMILIES:
         return FAMILIES[str(config["model_type"])]
     found = ", ".join(map(str, architectures)) or config.get("model_type") or "not named"
