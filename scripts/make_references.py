@@ -106,7 +106,7 @@ def make_case(case: dict[str, Any]) -> dict[str, Any]:
 
 def load_model(case: dict[str, Any], directory: Path) -> Any:
     """Return the model of a checkpoint, to be called with token ids (1, n)."""
-    if case["model_type"].startswith("rwkv"):
+    if "package" in case:
         return rwkv_references.PackageModel(directory)
     model = transformers.AutoModelForCausalLM.from_pretrained(
         directory, dtype=torch.float32, attn_implementation="eager"
@@ -116,7 +116,7 @@ def load_model(case: dict[str, Any], directory: Path) -> Any:
 
 def write_checkpoint(case: dict[str, Any], directory: Path) -> None:
     """Save a model with random weights as transformers does, then apply the case's config edits."""
-    if case["model_type"].startswith("rwkv"):
+    if "package" in case:
         rwkv_references.write_checkpoint(case, directory, random_tensor)
         return
     config = transformers.AutoConfig.for_model(

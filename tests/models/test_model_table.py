@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 from pathlib import Path
 from types import ModuleType
@@ -43,3 +44,17 @@ def test_references_stand_with_their_family(table: ModuleType) -> None:
     rows = {line.split("|")[1].strip(): line for line in lines if line.startswith("|")}
     assert "`qwen2_gqa`" in rows["`qwen2`"] and "`llama_gqa`" in rows["`llama`"]
     assert "`llama_gqa`" not in rows["`qwen2`"]
+
+
+def test_the_table_says_what_computed_the_references(table: ModuleType) -> None:
+    lines = table.render_page().splitlines()
+    rows = {line.split("|")[1].strip(): line.split("|") for line in lines if line.startswith("|")}
+    computed_by = {name.strip("`"): cells[5].strip() for name, cells in rows.items()}
+    assert computed_by["llama"] == "transformers"
+    assert computed_by["orion"] == "transformers, as `stablelm`"
+    assert computed_by["rwkv5"] == "`rwkv 0.8.32`"
+    assert rows["`phi-msft`"][4].strip() == "`phi`, renamed"
+    # Whatever has a type of its own in cases.json is not what transformers calls the family.
+    for case in json.loads((ROOT / "tests" / "references" / "cases.json").read_text()):
+        if other := case.get("transformers_type"):
+            assert f"as `{other}`" in computed_by[case["model_type"]]
