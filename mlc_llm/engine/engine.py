@@ -11,9 +11,11 @@ import time
 import numpy as np
 from numpy.typing import NDArray
 
+from mlc_llm.engine.grammar_cache import CompiledGrammar, GrammarCache
+from mlc_llm.engine.grammar_masks import MaskThreads
 from mlc_llm.engine.metrics import EngineLoad, EngineMetrics, RequestStats
 from mlc_llm.engine.prefix_cache import PrefixCache
-from mlc_llm.engine.request import FinishReason, Output, Request
+from mlc_llm.engine.request import FinishReason, Output, Request, TokenLogprobs
 from mlc_llm.engine.sampler import Sampled, Sampler, SequenceSampler, token_logprobs
 from mlc_llm.engine.scheduler import Plan, Scheduler, Work
 from mlc_llm.engine.sequence import RequestState, Sequence
@@ -45,10 +47,12 @@ class Engine:
         max_idle_pages: int | None = None,
         mixes_prompts: bool = True,
         active_vocab_size: int = 0,
+        grammars: GrammarCache | None = None,
     ) -> None:
         """Take a runner; limits that are left out are those of its library and pages.
 
         active_vocab_size: ids from here on are padding of the embedding table; 0 for none.
+        grammars: those of this model's tokenizer, without which requests must not have any.
         """
         metadata = runner.metadata
         page_size = metadata.kv_cache.page_size
@@ -83,6 +87,8 @@ class Engine:
         self._builder = StepBuilder(self.max_num_sequence, max_pages, page_size)
         self._budget = StepBudget(chunk)
         self._sampler = Sampler(runner)
+        self.grammars = grammars
+        self._masks = MaskThreads()
         self._states: dict[str, RequestState] = {}
         self._arrivals = 0
         self._num_failures = 0
@@ -118,17 +124,20 @@ class Engine:
         if request.n < 1:
             raise RequestError(f"n must be at least 1, is {request.n}", "n")
         request.params.check_vocabulary(self.vocab_size)
-        if request.grammar is not None:
+        if request.grammar is not None and self.grammars is None:
             raise RequestError("this engine was made without grammars", "response_format")
 
-    def add(self, request: Request) -> RequestStats:
+    def add(self, request: Request, grammar: CompiledGrammar | None = None) -> RequestStats:
         """Queue a request and return its statistics, which `step` keeps up to date.
 
-        Raises what `check` raises, and RequestError for an id that is in use.
+        grammar: the request's, compiled here where it is left out. Raises what `check` raises, and
+        RequestError for an id that is in use.
         """
         self.check(request)
         if request.request_id in self._states:
             raise RequestError(f"request id {request.request_id!r} is in use; choose another")
+        if request.grammar is not None and grammar is None and self.grammars is not None:
+            grammar = self.grammars.compile(request.grammar)
         stats = RequestStats(prompt_tokens=len(request.prompt), arrival_s=time.perf_counter())
         state = RequestState(request, self._arrivals, stats, num_unfinished=request.n)
         self._arrivals += 1
@@ -137,7 +146,7 @@ class Engine:
         prompt = list(request.prompt)
         for index in range(request.n):
             sampler = SequenceSampler(
-                request.params, prompt, index, request.stop_token_ids, self.vocab_size
+                request.params, prompt, index, request.stop_token_ids, self.vocab_size, grammar
             )
             state.sequences.append(Sequence(state, index, list(prompt), len(prompt), sampler))
         state.forks = state.sequences[1:]
@@ -209,6 +218,9 @@ class Engine:
 
     def close(self) -> None:
         """Free the model."""
+        self._masks.close()
+        if self.grammars is not None:
+            self.grammars.close()
         self._runner.close()
 
     def _note_start(self, plan: Plan, now: float) -> None:
@@ -227,6 +239,7 @@ class Engine:
             self._runner.copy_pages(sources, targets)
         if self._state_cache is not None and (copies := self._state_cache.take_copies()):
             self._runner.copy_states(*zip(*copies, strict=True))
+        self._masks.start(plan.works)
         logits: NDArray[np.float32] = self._runner.forward(step)
         duration_s = time.perf_counter() - start
         if self.vocab_size < logits.shape[1]:
@@ -282,26 +295,44 @@ class Engine:
     def _accept(
         self, sequence: Sequence, choice: Sampled, now: float, outputs: list[Output]
     ) -> None:
-        """Append a sequence's next token, or end it."""
-        state, request = sequence.state, sequence.state.request
+        """Append a sequence's next token and those its grammar forces after it, or end it."""
+        request = sequence.state.request
         if choice.error is not None:
             self._finish(sequence, "error", outputs, choice.error)
             return
-        token = choice.token_id
-        if token in request.stop_token_ids:
+        if choice.is_end or choice.token_id in request.stop_token_ids:
             self._finish(sequence, "stop", outputs)
             return
+        self._append(sequence, choice.token_id, choice.logprobs, now, outputs)
+        grammar = sequence.sampler.grammar
+        # Probabilities come from the logits of a step of its own.
+        if grammar is None or request.params.logprobs is not None:
+            return
+        while grammar.forced and not sequence.is_finished:
+            self._append(sequence, grammar.forced[0], None, now, outputs)
+
+    def _append(
+        self,
+        sequence: Sequence,
+        token: int,
+        logprobs: TokenLogprobs | None,
+        now: float,
+        outputs: list[Output],
+    ) -> None:
+        """Append a token; end the sequence where that completes it."""
+        state, request, sampler = sequence.state, sequence.state.request, sequence.sampler
         sequence.tokens.append(token)
-        sequence.sampler.append(token)
+        sampler.append(token)
         self.metrics.note_token(state.stats, now)
-        output = Output(
-            request.request_id, sequence.index, token, choice.logprobs, stats=state.stats
-        )
+        output = Output(request.request_id, sequence.index, token, logprobs, stats=state.stats)
         self._emit(state, output, outputs)
         is_full = len(sequence.tokens) >= self.max_sequence_len
-        if is_full or sequence.num_generated == request.params.max_tokens:
+        if sampler.grammar is not None and sampler.grammar.is_finished:
+            output.finish_reason = "stop"
+        elif is_full or sequence.num_generated == request.params.max_tokens:
             output.finish_reason = "length"
-            self._end(sequence, "length")
+        if output.finish_reason is not None:
+            self._end(sequence, output.finish_reason)
 
     def _emit(self, state: RequestState, output: Output, outputs: list[Output]) -> None:
         if output.index == 0 and state.prompt_logprobs is not None:

@@ -23,8 +23,12 @@ class GrammarSpec:
     starts_after: texts, special tokens as the vocabulary spells them (such as "</think>"). Until
     the token that completes one of them the answer is free but may not end; the grammar holds for
     what follows that token. None: it holds from the first token.
+
+    continues_text: whether the answer goes on with a text of the prompt, so that a space it begins
+    with is part of it.
     """
 
     kind: GrammarKind
     source: str = ""
     starts_after: tuple[str, ...] | None = None
+    continues_text: bool = False

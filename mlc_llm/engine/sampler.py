@@ -1,7 +1,8 @@
 """Chooses the next token of each row of a batch; a row's choice depends on its own sequence alone.
 
 Order: logit bias, repetition penalty (Keskar et al. 2019) over prompt and output, presence and
-frequency penalties over the output, what is forbidden, temperature; then the library's `sample`:
+frequency penalties over the output, what is forbidden (by min_tokens or the request's grammar),
+temperature; then the library's `sample`:
 top-k, min-p, nucleus (Holtzman et al. 2020).
 """
 
@@ -17,9 +18,11 @@ from hashlib import blake2b
 import numpy as np
 from numpy.typing import NDArray
 
+from mlc_llm.engine.grammar_cache import CompiledGrammar
+from mlc_llm.engine.grammar_masks import SequenceGrammar
 from mlc_llm.engine.request import TokenLogprobs
 from mlc_llm.engine.sampling import GREEDY_TEMPERATURE, SamplingParams
-from mlc_llm.errors import MlcError, StepFailed
+from mlc_llm.errors import MlcError, RequestError, StepFailed
 from mlc_llm.runtime.memory import aligned_zeros
 from mlc_llm.runtime.runner import ModelRunner, SampleRows
 
@@ -33,10 +36,14 @@ _BLOCK = 256
 
 @dataclass(frozen=True)
 class Sampled:
-    """A row's token; where error is set there is none, and only this row's sequence must end."""
+    """A row's token; where is_end or error is set there is none, and the row's sequence must end.
+
+    is_end: the text is complete. error: it cannot go on, for a reason that is this row's alone.
+    """
 
     token_id: int
     logprobs: TokenLogprobs | None = None
+    is_end: bool = False
     error: MlcError | None = None
 
 
@@ -53,8 +60,9 @@ class SequenceSampler:
         index: int,
         stop_token_ids: frozenset[int],
         vocab_size: int,
+        grammar: CompiledGrammar | None = None,
     ) -> None:
-        """prompt: token ids; stop_token_ids: those that min_tokens holds back."""
+        """prompt: token ids; stop_token_ids: those that min_tokens and the grammar hold back."""
         self.params = params
         self.is_greedy = (
             params.temperature < GREEDY_TEMPERATURE or params.top_p == 0 or params.top_k == 1
@@ -68,26 +76,37 @@ class SequenceSampler:
         self._bias_ids = np.asarray(list(bias), np.int64)
         self._bias = np.asarray(list(bias.values()), np.float32)
         self._penalties = _Penalties(params, prompt) if _has_penalties(params) else None
+        self.grammar = None if grammar is None else SequenceGrammar(grammar, stop_token_ids, _NEVER)
 
     def append(self, token_id: int) -> None:
         """Take note of a token of the output."""
         self._num_generated += 1
         if self._penalties is not None:
             self._penalties.append(token_id)
+        if self.grammar is not None:
+            self.grammar.append(token_id)
 
     @property
     def adjusts(self) -> bool:
         """Return whether `adjust` would change anything."""
-        return self._penalties is not None or len(self._bias_ids) > 0 or self._forbids
+        has_grammar = self.grammar is not None
+        return (
+            has_grammar or self._penalties is not None or len(self._bias_ids) > 0 or self._forbids
+        )
 
-    def adjust(self, logits: NDArray[np.float32]) -> None:
-        """Apply biases and penalties to a row (v) in place, at the ids concerned only."""
+    def adjust(self, logits: NDArray[np.float32]) -> bool:
+        """Apply biases and penalties to a row (v) in place, at the ids concerned only.
+
+        Return False where there is no token to choose: the grammar is at its end. Raises
+        RequestError where it cannot go on.
+        """
         if len(self._bias_ids):
             logits[self._bias_ids] += self._bias
         if self._penalties is not None:
             self._penalties.apply(logits)
         if self._forbids:  # last, so that no bias lifts what must not be chosen
             logits[self._stop_ids] = np.minimum(logits[self._stop_ids], _NEVER)
+        return self.grammar is None or self.grammar.restrict(logits, not self._forbids)
 
     def draw(self) -> float:
         """Return the number in [0, 1) that decides the next token.
@@ -156,12 +175,17 @@ class Sampler:
         finite largest logit yields an error; the others are not affected.
         """
         raw: dict[int, NDArray[np.float32]] = {}
+        ended: dict[int, Sampled] = {}
         for index, row in enumerate(rows):
             if row.adjusts:
                 if row.params.logprobs is not None:
                     raw[index] = logits[index].copy()
-                with np.errstate(over="ignore", invalid="ignore"):
-                    row.adjust(logits[index])
+                try:
+                    with np.errstate(over="ignore", invalid="ignore"):
+                        if not row.adjust(logits[index]):
+                            ended[index] = Sampled(-1, is_end=True)
+                except RequestError as error:
+                    ended[index] = Sampled(-1, error=error)
         # A NaN counts as the largest, so that one look at the largest finds it.
         tokens = [int(values.argmax()) for values in logits]
         is_sound = [math.isfinite(logits[index, token]) for index, token in enumerate(tokens)]
@@ -173,7 +197,9 @@ class Sampler:
                 tokens[index] = token
         sampled = []
         for index, (row, token) in enumerate(zip(rows, tokens, strict=True)):
-            if not is_sound[index]:
+            if index in ended:
+                sampled.append(ended[index])
+            elif not is_sound[index]:
                 sampled.append(Sampled(-1, error=_not_finite()))
             elif row.params.logprobs is None:
                 sampled.append(Sampled(token))

@@ -38,7 +38,8 @@ class Plan:
 class Scheduler:
     """First come, first served within a priority; sequences that generate go before prompts.
 
-    A step has at most max_step_tokens tokens, and one for each sequence that generates in any case,
+    A step has at most max_step_tokens tokens, and one for each sequence that generates in any case
+    (more where tokens are decided already and there is room),
     and max_step_rows rows of logits. When pages run out,
     the sequence that came last gives up its pages and computes its tokens again later. Without
     mixes_prompts, steps of prompts and steps of generation alternate.
@@ -100,11 +101,11 @@ class Scheduler:
         plan = Plan()
         if self._mixes_prompts or not self._is_prompts_turn:
             self._plan_decodes(plan)
-        num_decodes = plan.num_decode_tokens
+        num_decodes = len(plan.works)
         if num_decodes == 0 or self._mixes_prompts:
             num_prompts = len(self.running) - num_decodes + len(self.waiting)
             # Prompts go on even where more sequences generate than a step has room for.
-            room = max(self._max_step_tokens - num_decodes, 1)
+            room = max(self._max_step_tokens - plan.num_decode_tokens, 1)
             self._plan_prompts(plan, min(room, budget(num_decodes, num_prompts)))
         if not plan.works:
             self._plan_decodes(plan)
@@ -128,21 +129,25 @@ class Scheduler:
             self._states.commit(sequence)
 
     def _plan_decodes(self, plan: Plan) -> None:
-        for sequence in list(self.running):
-            if sequence.num_left != 1 or sequence in plan.preempted:
+        waiting = [sequence for sequence in self.running if sequence.is_generating]
+        spare = self._max_step_tokens - len(waiting)
+        for sequence in waiting:
+            if sequence in plan.preempted:
                 continue
-            while not self._grow(sequence, 1, plan):
+            count = min(sequence.num_left, max(spare, 0) + 1)
+            spare -= count - 1
+            while not self._grow(sequence, count, plan):
                 victim = self.running[-1]
                 self._preempt(victim, plan)
                 if victim is sequence:
                     break
             else:
-                plan.works.append(Work(sequence, 1, 1))
-                plan.num_decode_tokens += 1
+                plan.works.append(Work(sequence, count, int(count == sequence.num_left)))
+                plan.num_decode_tokens += count
 
     def _plan_prompts(self, plan: Plan, room: int) -> None:
         for sequence in list(self.running):
-            if sequence.num_left > 1 and sequence not in plan.preempted:
+            if not sequence.is_generating and sequence not in plan.preempted:
                 room -= self._plan_prompt(sequence, plan, room)
         while room > 0 and self.waiting and self.has_room and self._admit(self.waiting[0]):
             sequence = self.waiting.pop(0)

@@ -9,6 +9,10 @@ from mlc_llm.engine.prefix_cache import PrefixNode
 from mlc_llm.engine.request import Request, TokenLogprobs
 from mlc_llm.engine.sampler import SequenceSampler
 
+# Tokens that one sequence may bring to a step beside others that generate: those a grammar forced,
+# and what is left of a sequence that was preempted. More are computed like a prompt, in pieces.
+_MAX_DECIDED = 16
+
 
 @dataclass(eq=False)
 class RequestState:
@@ -32,7 +36,8 @@ class Sequence:
     """Tokens, prompt first, of which `num_computed` have K and V in `pages`.
 
     tokens   ├── prompt ──┬── generated ──┤
-             ├── computed ──────┼─ left ──┤   left is 1 between steps of decoding
+             ├── computed ──────┼─ left ──┤   left is 1 between steps of decoding, more where
+                                              a grammar has forced tokens after the one chosen
     pages    [ p0 ][ p1 ][ p2 ] ...           page i holds tokens i * page_size ..
 
     node is where the next whole page goes in the prefix cache, None where it is not to be kept.
@@ -58,6 +63,13 @@ class Sequence:
     def num_left(self) -> int:
         """Tokens without K and V yet."""
         return len(self.tokens) - self.num_computed
+
+    @property
+    def is_generating(self) -> bool:
+        """Return whether all that is left has been generated, and little: decided tokens."""
+        if self.num_left == 1:
+            return True
+        return self.num_computed >= self.num_prompt_tokens and self.num_left <= _MAX_DECIDED
 
     @property
     def num_generated(self) -> int:

@@ -1,0 +1,196 @@
+"""Holds a sequence to its grammar: which tokens may come next, and which must.
+
+Masks are computed by a few threads while the model's step runs. Knows tokens and logits; does not
+know steps, nor how grammars are written.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mlc_llm.engine.grammar_cache import CompiledGrammar
+from mlc_llm.errors import RequestError
+
+if TYPE_CHECKING:
+    from mlc_llm.engine.scheduler import Work
+
+_NUM_THREADS = 2
+
+
+class SequenceGrammar:
+    """Where one sequence is in its grammar.
+
+    Before the text that the grammar starts after, everything is allowed but an end. `forced` are
+    tokens that must come next; they have been decided already, whoever appends them.
+    """
+
+    def __init__(
+        self,
+        compiled: CompiledGrammar,
+        stop_token_ids: Iterable[int],
+        forbidden_logit: np.float32,
+    ) -> None:
+        """stop_token_ids may be chosen where the grammar allows an end, and nowhere else."""
+        vocabulary = compiled.vocabulary
+        self.forced: deque[int] = deque()
+        self._matcher = compiled.matcher.deep_copy()
+        self._vocabulary = vocabulary
+        self._stop_ids = np.asarray(
+            sorted(token for token in stop_token_ids if 0 <= token < vocabulary.end_id), np.int64
+        )
+        self._forbidden_logit = forbidden_logit
+        self._starts_after = compiled.starts_after
+        self._is_waiting = bool(compiled.starts_after)
+        self._tail = b""
+        self._error: str | None = None
+        self._words = np.zeros(-(-vocabulary.size // 32), np.uint32)
+        self._forbidden: NDArray[np.bool_] | None = None  # None: to be computed
+        self._may_end = False
+        self._may_go_on = True
+        self._computing: Future[None] | None = None
+
+    @property
+    def is_finished(self) -> bool:
+        """Return whether the text is complete and nothing may follow."""
+        if self._is_waiting or self.forced:
+            return False
+        return self._matcher.is_stopped() and not self._matcher.is_error()
+
+    @property
+    def needs_mask(self) -> bool:
+        """Return whether a mask is to be computed before the next token can be chosen."""
+        return self._forbidden is None and not self._is_waiting and not self.forced
+
+    def note_computing(self, computing: Future[None]) -> None:
+        """Take note of who computes the next mask."""
+        self._computing = computing
+
+    def compute_mask(self) -> None:
+        """Find out which tokens may come next; takes no lock of Python's for the most of it."""
+        if not self.needs_mask:
+            return
+        self._matcher.unsafe_compute_mask_ptr(self._words.ctypes.data, self._words.nbytes)
+        if self._matcher.is_error():
+            self._error = self._matcher.get_error()
+            return
+        bits = np.unpackbits(self._words.view(np.uint8), bitorder="little")
+        end_id = self._vocabulary.end_id
+        self._may_end = bool(bits[end_id])
+        forbidden = bits[:end_id] == 0
+        forbidden[self._stop_ids] = True
+        self._may_go_on = not forbidden.all()
+        self._forbidden = forbidden
+
+    def restrict(self, logits: NDArray[np.float32], may_stop: bool) -> bool:
+        """Forbid tokens in a row of logits (v); return False where the text must end here.
+
+        may_stop: whether the request allows an end yet, where there is a choice. Raises
+        RequestError where the grammar has become too much.
+        """
+        if self.forced:
+            token = self.forced[0]
+            kept = logits[token]
+            logits[:] = self._forbidden_logit
+            logits[token] = kept
+            return True
+        if self._is_waiting:
+            logits[self._stop_ids] = self._forbidden_logit
+            return True
+        if self._computing is not None:
+            self._computing.result()
+            self._computing = None
+        self.compute_mask()
+        self._check()
+        assert self._forbidden is not None
+        if not self._may_go_on:
+            if not self._may_end:
+                raise RequestError(
+                    "the grammar came to a place where no token of this model fits",
+                    "response_format",
+                )
+            return False
+        stops = logits[self._stop_ids] if self._may_end and may_stop else None
+        size = len(self._forbidden)
+        np.copyto(logits[:size], self._forbidden_logit, where=self._forbidden)
+        logits[size:] = self._forbidden_logit
+        if stops is not None:
+            logits[self._stop_ids] = stops
+        return True
+
+    def append(self, token_id: int) -> None:
+        """Take note of a token of the text, and find what must follow."""
+        if self._is_waiting:
+            self._wait(token_id)
+            return
+        if self.forced:
+            expected = self.forced.popleft()
+            assert token_id == expected, "a forced token was not chosen"
+            return
+        self._forbidden = None
+        if not self._matcher.consume_token(token_id):
+            self._error = self._matcher.get_error()
+            return
+        forced = self._matcher.compute_ff_tokens()
+        if forced and self._matcher.consume_tokens(forced):
+            self.forced.extend(forced)
+
+    def _wait(self, token_id: int) -> None:
+        """Look whether the text that the grammar starts after has come."""
+        self._tail += self._vocabulary.bytes_of(token_id)
+        if any(text in self._tail for text in self._starts_after):
+            self._is_waiting = False
+        self._tail = self._tail[-max(map(len, self._starts_after)) :]
+
+    def _check(self) -> None:
+        if self._error is not None:
+            reason = self._error.splitlines()[0][:200] if self._error else "unknown"
+            raise RequestError(
+                f"the grammar takes too much work at this place ({reason}); make it simpler",
+                "response_format",
+            )
+
+
+class MaskThreads:
+    """The threads that compute masks; they start with the first mask."""
+
+    def __init__(self) -> None:
+        self._executor: ThreadPoolExecutor | None = None
+
+    def start(self, works: Iterable[Work]) -> None:
+        """Compute the masks that the next tokens of a step need, while the caller runs it."""
+        missing = [grammar for grammar in _chosen_by(works) if grammar.needs_mask]
+        if not missing:
+            return
+        if self._executor is None:
+            self._executor = ThreadPoolExecutor(_NUM_THREADS, "mlc_llm masks")
+        for first in range(min(_NUM_THREADS, len(missing))):
+            share = missing[first::_NUM_THREADS]
+            computing = self._executor.submit(_compute, share)
+            for grammar in share:
+                grammar.note_computing(computing)
+
+    def close(self) -> None:
+        """End the threads."""
+        if self._executor is not None:
+            self._executor.shutdown()
+            self._executor = None
+
+
+def _chosen_by(works: Iterable[Work]) -> Iterator[SequenceGrammar]:
+    """Yield the grammars of the sequences whose next token a step's logits choose."""
+    for work in works:
+        if work.count == work.sequence.num_left:
+            for sequence in (work.sequence, *work.sequence.state.forks):
+                if sequence.sampler.grammar is not None:
+                    yield sequence.sampler.grammar
+
+
+def _compute(grammars: Sequence[SequenceGrammar]) -> None:
+    for grammar in grammars:
+        grammar.compute_mask()
