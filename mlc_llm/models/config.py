@@ -299,4 +299,7 @@ def read_rope(config: Mapping[str, Any], context: int, base: float = 10000.0) ->
     if scaling.get("original_max_position_embeddings") is None:
         trained = config.get("original_max_position_embeddings")
         scaling["original_max_position_embeddings"] = trained or context
+    trained = scaling["original_max_position_embeddings"]
+    if scaling_kind(scaling) in ("longrope", "su") and scaling.get("factor") is None and trained:
+        scaling["factor"] = context / trained  # of the model, whatever context a library has
     return RopeFields(theta, scaling, partial_factor)

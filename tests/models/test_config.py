@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import numpy as np
 import pytest
 from reference_cases import CASES
 
 from mlc_llm.errors import CorruptFile, OptionError, UnsupportedModel
 from mlc_llm.models.registry import FAMILIES, find_family, get_family
+from mlc_llm.nn.rope import RopeConfig
 
 BASE: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -80,6 +83,32 @@ def test_overrides_replace_limits() -> None:
     assert (config.context_window_size, config.prefill_chunk_size) == (64, 64)
     assert read().with_overrides({"prefill_chunk_size": 16}).prefill_chunk_size == 16
     assert read().with_overrides({"kv_cache_dtype": "float32"}).kv_dtype("float16") == "float32"
+
+
+def test_the_context_of_a_library_decides_scalings_of_long_texts() -> None:
+    """As docs/checkpoints.md says; transformers decides by each text, with the same numbers."""
+    factors = {"short_factor": [1.5] * 8, "long_factor": [4.0] * 8}
+    plain = read().ropes[0].inverse_frequencies()
+
+    def rope_of(context: int, **scaling: Any) -> RopeConfig:
+        model = read(max_position_embeddings=256, rope_scaling=scaling)
+        made = model.with_overrides({"context_window_size": context})
+        # As an artifact has it.
+        rope: RopeConfig = get_family("llama").config_from_json(made.to_json()).ropes[0]
+        return rope
+
+    for context, factor in [(64, 1.5), (65, 4.0), (256, 4.0)]:
+        found = rope_of(
+            context, rope_type="longrope", **factors, original_max_position_embeddings=64
+        )
+        np.testing.assert_allclose(found.inverse_frequencies(), plain / factor, rtol=1e-6)
+        # By the lengths of the model: 256 / 64 = 4.
+        assert found.table_scale == pytest.approx(math.sqrt(1 + math.log(4) / math.log(64)))
+    for context, growth in [(128, 1), (256, 1), (512, 2 * 2 - 1)]:
+        base = 10000.0 * growth ** (16 / 14)
+        found = rope_of(context, rope_type="dynamic", factor=2.0)
+        expected = base ** (-np.arange(0, 16, 2) / 16)
+        np.testing.assert_allclose(found.inverse_frequencies(), expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
