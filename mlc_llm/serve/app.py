@@ -27,6 +27,7 @@ def create_app(models: ServedModels, options: AppOptions, traffic: Traffic) -> F
     app = FastAPI(
         title="mlc_llm",
         version=mlc_llm.__version__,
+        docs_url=None,  # FastAPI's pages load their scripts from elsewhere
         redoc_url=None,
         redirect_slashes=False,
     )

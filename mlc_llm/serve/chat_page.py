@@ -1,4 +1,4 @@
-"""The built-in chat page: its files, read once, and the rules under which browsers run them."""
+"""The built-in pages, of the chat and of the API: files, and the rules browsers run them by."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _HEADERS = {
 
 
 class ChatPage:
-    """Serves the page's files by their names; only what was there at the start exists."""
+    """Serves the pages' files by their names; only what was there at the start exists."""
 
     def __init__(self) -> None:
         self._files: dict[str, tuple[bytes, str]] = {}

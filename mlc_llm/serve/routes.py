@@ -137,6 +137,7 @@ class Routes:
         add("GET", "/version", self.version, describe(Version))
         add("GET", "/metrics", self.metrics, describe("text/plain"))
         app.add_route("/", self.page, include_in_schema=False)
+        app.add_route("/docs", self.api_page, include_in_schema=False)
         app.add_route("/page/{name}", self.page, include_in_schema=False)
         if self._has_debug:
             sums = describe(EngineSums, ModelChoice)
@@ -244,6 +245,10 @@ class Routes:
     async def page(self, request: Request) -> Response:
         """Show the chat page."""
         return self._page.answer(request.path_params.get("name", "index.html"))
+
+    async def api_page(self, request: Request) -> Response:
+        """Show what the server takes and answers."""
+        return self._page.answer("api.html")
 
 
 def _new_id() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -250,7 +251,19 @@ def test_openapi_describes_every_route(http: httpx.Client) -> None:
     assert not references_in(schema) - {
         f"#/components/schemas/{name}" for name in schema["components"]["schemas"]
     }
-    assert http.get("/docs").status_code == 200
+
+
+def test_pages_name_no_other_server(http: httpx.Client) -> None:
+    page = http.get("/docs")
+    assert page.status_code == 200 and page.headers["content-type"].startswith("text/html")
+    policy = page.headers["content-security-policy"]
+    assert "default-src 'none'" in policy and "script-src 'self'" in policy
+    files = set(re.findall(r'(?:href|src)="([^"]+)"', page.text))
+    assert {"page/api.js", "page/api.css", "openapi.json"} <= files
+    for name in files | {"", "page/chat.js", "page/chat.css"}:
+        response = http.get(f"/{name}")
+        assert response.status_code == 200, name
+        assert not re.search(r"(https?:)?//[a-z]", response.text.replace("http://www.w3.org/", ""))
 
 
 def references_in(value: Any) -> set[str]:
