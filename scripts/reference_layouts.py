@@ -48,6 +48,9 @@ def as_family(case: dict[str, Any], model: Any) -> Any:
     if case.get("normalized_head"):
         head = model.lm_head.weight
         head.data = torch.nn.functional.normalize(head.data)
+    for layer in model.modules() if case["model_type"] == "deepseek" else ():
+        if hasattr(layer, "shared_expert_gate"):
+            layer.shared_expert_gate.weight.data.zero_()  # half of what is shared, always
     if not case.get("alibi"):
         return model
     heads = case["config"]["num_attention_heads"]
@@ -207,6 +210,33 @@ def _chatglm(case: dict[str, Any], config: Config, tensors: Tensors) -> tuple[Co
     return fields, written
 
 
+def _deepseek(case: dict[str, Any], config: Config, tensors: Tensors) -> tuple[Config, Tensors]:
+    fields = _llama_fields(config)
+    width = config["moe_intermediate_size"]
+    fields.update(
+        architectures=["DeepseekForCausalLM"],
+        model_type="deepseek",
+        attention_bias=False,
+        first_k_dense_replace=len(config["mlp_only_layers"]),
+        moe_intermediate_size=width,
+        moe_layer_freq=1,
+        n_routed_experts=config["num_experts"],
+        n_shared_experts=config["shared_expert_intermediate_size"] // width,
+        norm_topk_prob=config["norm_topk_prob"],
+        num_experts_per_tok=config["num_experts_per_tok"],
+        rope_theta=config["rope_parameters"]["rope_theta"],
+        scoring_func="softmax",
+    )
+    written = {}
+    for name, tensor in tensors.items():
+        if "shared_expert_gate" in name:
+            continue
+        half = name.endswith("shared_expert.down_proj.weight")
+        ours = name.replace(".shared_expert.", ".shared_experts.")
+        written[ours] = tensor / 2 if half else tensor
+    return fields, written
+
+
 def _llama4(case: dict[str, Any], config: Config, tensors: Tensors) -> tuple[Config, Tensors]:
     """Put the text part beside a model of images, whose tensors are of no use here."""
     written = {f"language_model.{name}": tensor for name, tensor in tensors.items()}
@@ -231,4 +261,5 @@ LAYOUTS: dict[str, Layout] = {
     "minicpm": _minicpm,
     "chatglm": _chatglm,
     "llama4": _llama4,
+    "deepseek": _deepseek,
 }

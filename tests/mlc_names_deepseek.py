@@ -1,4 +1,4 @@
-"""Parameter names and layouts that MLC LLM gives DeepSeek V2 and V3.
+"""Parameter names and layouts that MLC LLM gives DeepSeek's models.
 
 Part of the independent packer: shares no code with mlc_llm. Beside the two halves of `kv_b_proj`,
 which alone are computed with, MLC LLM stores it whole.
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 Weights = Mapping[str, Array]
 
-MODEL_TYPES = ("deepseek_v2", "deepseek_v3")
+MODEL_TYPES = ("deepseek", "deepseek_v2", "deepseek_v3")
 _COPIED = (
     *("hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers"),
     *("num_attention_heads", "num_key_value_heads", "n_shared_experts", "n_routed_experts"),
@@ -28,6 +28,10 @@ _COPIED = (
 
 def fuse(config: Mapping[str, Any], weights: Weights) -> Iterator[tuple[str, Array]]:
     """Yield parameters under MLC names."""
+    if config["model_type"] == "deepseek":
+        for name, weight in fuse_experts(config, weights):
+            yield name.replace("self_attn.c_attn", "self_attn.wqkv_pack"), weight
+        return
     nope, heads = config["qk_nope_head_dim"], config["num_attention_heads"]
     rest = {}
     for name, weight in weights.items():
@@ -48,6 +52,8 @@ def fuse(config: Mapping[str, Any], weights: Weights) -> Iterator[tuple[str, Arr
 
 def model_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of MLC LLM's class of the family, without the limits all have."""
+    if config["model_type"] == "deepseek":
+        return {name: config[name] for name in (*_COPIED, "rope_theta") if name in config}
     rope = dict(config["rope_parameters"])
     is_v3 = config["model_type"] == "deepseek_v3"
     method = "noaux_tc" if is_v3 else config["topk_method"]

@@ -1,5 +1,5 @@
-"""Llama, Mistral, Mixtral and Qwen2 and 3, with experts and without, in plain NumPy: the second
-opinion that tests compare against.
+"""Llama, Mistral, Mixtral, DeepSeek 1 and Qwen2 and 3, with experts and without, in plain NumPy:
+the second opinion that tests compare against.
 
 Knows Hugging Face configurations and tensor names. Shares no code with mlc_llm, keeps no KV cache
 and computes in float64, so a difference is never its rounding.
@@ -136,6 +136,8 @@ def _feed_forward(config: Mapping[str, Any], weights: Weights, prefix: str, hidd
         [rows] = np.nonzero(scores[:, expert])
         result = _mlp(weights, f"{block}experts.{expert}.", hidden[rows], names)
         output[rows] += scores[rows, expert, None] * result
+    if f"{block}shared_experts.gate_proj.weight" in weights:  # DeepSeek
+        output += _mlp(weights, block + "shared_experts.", hidden)
     if f"{block}shared_expert_gate.weight" in weights:
         share = hidden @ weights[block + "shared_expert_gate.weight"].astype(np.float64).T
         output += _mlp(weights, block + "shared_expert.", hidden) / (1 + np.exp(-share))

@@ -71,6 +71,8 @@ FEATURES = [
             {"num_experts_per_tok": 2},
         )
     ),
+    ("deepseek", {"norm_topk_prob": True}),
+    ("deepseek", {"num_experts_per_tok": 2}),
     ("chatglm", {"rope_ratio": 1.0}),
 ]
 

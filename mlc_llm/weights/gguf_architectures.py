@@ -95,6 +95,11 @@ _SHARED_EXPERT = {
     "blk.{layer}.ffn_up_shexp": _BLOCK + "mlp.shared_expert.up_proj",
     "blk.{layer}.ffn_down_shexp": _BLOCK + "mlp.shared_expert.down_proj",
 }
+_DEEPSEEK_EXPERTS = {
+    name: other.replace("shared_expert.", "shared_experts.")
+    for name, other in {**_QWEN_EXPERTS, **_SHARED_EXPERT}.items()
+    if not other.endswith("shared_expert_gate")
+}
 _GPT2_BLOCK = "transformer.h.{layer}."
 
 _LAYER_NORM: Number = ("attention.layer_norm_epsilon", "real", None)
@@ -225,6 +230,21 @@ ARCHITECTURES = {
         fields=_NO_RMS,
         numbers={"norm_epsilon": _LAYER_NORM},
         constants={"hidden_act": "gelu_pytorch_tanh"},
+    ),
+    "deepseek": Architecture(
+        "deepseek",
+        "DeepseekForCausalLM",
+        {**_LLAMA, **_DEEPSEEK_EXPERTS},
+        _HALVES,
+        numbers={
+            "n_routed_experts": ("expert_count", "count", None),
+            "num_experts_per_tok": ("expert_used_count", "count", None),
+            "moe_intermediate_size": ("expert_feed_forward_length", "count", None),
+            "n_shared_experts": ("expert_shared_count", "count", 0),
+            "first_k_dense_replace": ("leading_dense_block_count", "count", 0),
+            "routed_scaling_factor": ("expert_weights_scale", "real", 1.0),
+        },
+        constants={"moe_layer_freq": 1, "norm_topk_prob": False},
     ),
     "gpt2": Architecture(
         "gpt2",

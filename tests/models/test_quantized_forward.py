@@ -195,7 +195,12 @@ def test_families_with_the_default_path(
 @pytest.mark.cpu
 @pytest.mark.parametrize(
     ("name", "quantization"),
-    [("mixtral", "q4f16_1"), ("qwen2_moe", "q8f16_1"), ("qwen3_moe", "q3f16_1")],
+    [
+        ("mixtral", "q4f16_1"),
+        ("qwen2_moe", "q8f16_1"),
+        ("qwen3_moe", "q3f16_1"),
+        ("deepseek", "q4f16_1"),
+    ],
 )
 def test_families_with_experts(
     tiny_models: TinyModels, name: str, quantization: str, monkeypatch: pytest.MonkeyPatch

@@ -194,6 +194,14 @@ def test_mixtral_and_other_experts(tmp_path):
     assert config["norm_topk_prob"] is False
 
 
+def test_deepseek(tmp_path):
+    metadata = {"expert_shared_count": 2, "leading_dense_block_count": 1}
+    config = config_of(tmp_path, "deepseek", **metadata)
+    names = ("n_routed_experts", "num_experts_per_tok", "n_shared_experts", "moe_intermediate_size")
+    assert [config[name] for name in names] == [EXPERTS, 2, 2, 32]
+    assert config["first_k_dense_replace"] == 1 and config["routed_scaling_factor"] == 1
+
+
 def test_gemma(tmp_path):
     config = config_of(tmp_path, "gemma2", attn_logit_softcapping=40.0)
     assert config["attn_logit_softcapping"] == 40.0
