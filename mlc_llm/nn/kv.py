@@ -40,11 +40,17 @@ class PagedKV:
     states: dict[str, nn.Tensor] = field(default_factory=dict)
 
     def attend(
-        self, layer: int, qkv: nn.Tensor, shape: AttentionShape, rope: int | None = 0
+        self,
+        layer: int,
+        qkv: nn.Tensor,
+        shape: AttentionShape,
+        rope: int | None = 0,
+        sink_logits: nn.Tensor | None = None,
     ) -> nn.Tensor:
         """Write K and V of this step, attend; qkv (n, (h + 2 kv) * d) -> (n, h * d).
 
-        rope: which of `ropes` turns queries and keys, None for none.
+        rope: which of `ropes` turns queries and keys, None for none. sink_logits (h): a score more
+        in the softmax of each head, which has no value.
         """
         shape = dataclasses.replace(shape, kv_dtype=self.pages[layer].dtype)
         table, is_interleaved = None, False
@@ -61,4 +67,5 @@ class PagedKV:
             self.context_len,
             self.positions,
             shape,
+            sink_logits,
         )

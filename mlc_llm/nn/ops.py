@@ -300,12 +300,20 @@ def paged_attention(
     context_len: nn.Tensor,
     positions: nn.Tensor,
     shape: AttentionShape,
+    sink_logits: nn.Tensor | None = None,
 ) -> nn.Tensor:
-    """Return causal attention over the pages of each token's sequence, (n, heads * head_dim)."""
+    """Return causal attention over the pages of each token's sequence, (n, heads * head_dim).
+
+    sink_logits: (heads), see `kernels.cpu.attention`.
+    """
     if not _has_wide_registers():
         shape = dataclasses.replace(shape, span=1)
-    kernel = kernel_of(attention_kernels.paged_attention, shape)
     args = [q, pages, query_start, page_table, context_len, positions]
+    if sink_logits is None:
+        kernel = kernel_of(attention_kernels.paged_attention, shape)
+    else:
+        kernel = kernel_of(attention_kernels.paged_attention, shape, sink_logits.dtype)
+        args.append(sink_logits)
     width = shape.num_heads * shape.head_dim
     return emit("paged_attention", kernel, args, [q.shape[0], width])
 

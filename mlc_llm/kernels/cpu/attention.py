@@ -11,6 +11,7 @@ from tvm.script import tirx as T
 
 from mlc_llm.kernels.cpu.attention_block import block_steps
 from mlc_llm.kernels.cpu.attention_pages import KEY_BLOCK, KEY_VECTORS, AttentionShape, page_steps
+from mlc_llm.kernels.cpu.attention_window import first_block, is_needed, needs_mask
 from mlc_llm.kernels.cpu.vector_math import LANES, reduce_sum, splat
 
 __all__ = ["AttentionShape", "paged_attention"]
@@ -22,14 +23,16 @@ TILE_ROWS = 48
 PART_KEYS = 512
 
 
-def paged_attention(shape: AttentionShape) -> Any:
+def paged_attention(shape: AttentionShape, sink_dtype: str | None = None) -> Any:
     """Attend: q (n, heads, head_dim) float32, pages, query_start (b + 1), page_table (b, p),
-    context_len (b), positions (n), all int32 -> (n, heads * head_dim) float32.
+    context_len (b), positions (n), all int32[, sink_logits (heads) of sink_dtype]
+    -> (n, heads * head_dim) float32.
 
     Every sequence brings at least one token. A token at position i sees keys
     max(0, i - window + 1) .. i of its own sequence, from the last multiple of the window on if it
     is chunked, and with a window also the first `sinks` keys (Xiao et al. 2023, but at their true
-    positions). What else is in the step changes no bit.
+    positions). What else is in the step changes no bit. A head's sink logit is one more score in
+    its softmax, of no value (OpenAI 2025, gpt-oss model card).
     """
     heads, kv_heads, head_dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
     group = shape.group
@@ -37,27 +40,21 @@ def paged_attention(shape: AttentionShape) -> Any:
     kv_dtype, page_items = shape.kv_dtype, shape.page_items
     # Tiles work on copies of their blocks, single tokens on the pages.
     tile_pages, single_pages = page_steps(shape, is_copied=True), page_steps(shape, is_copied=False)
-    tile_steps = block_steps(shape, tile_pages, shape.row_step(tile_tokens), is_fetching=False)
-    single_steps = block_steps(shape, single_pages, shape.row_step(1), is_fetching=True)
+    tile_steps = block_steps(
+        shape,
+        tile_pages,
+        shape.row_step(tile_tokens),
+        is_fetching=False,
+        has_sink_logits=sink_dtype is not None,
+    )
+    single_steps = block_steps(
+        shape,
+        single_pages,
+        shape.row_step(1),
+        is_fetching=True,
+        has_sink_logits=sink_dtype is not None,
+    )
     tile_rows, single_rows = shape.padded_rows(tile_tokens), shape.padded_rows(1)
-
-    @T.macro
-    def load_queries(
-        q: T.handle,
-        queries: T.handle,
-        kv_head: T.int32,
-        first: T.int32,
-        count: T.int32,
-        max_rows: T.meta_var,
-    ) -> None:
-        for r in T.serial(count * group):
-            for d in T.serial(head_dim):
-                queries[r, d] = q[first + r // group, kv_head * group + r % group, d] * T.float32(
-                    shape.query_scale
-                )
-        for r in T.serial(max_rows - count * group):
-            for d in T.serial(head_dim):
-                queries[count * group + r, d] = T.float32(0)
 
     @T.macro
     def aim(
@@ -80,7 +77,7 @@ def paged_attention(shape: AttentionShape) -> Any:
                 places[2 * KEY_VECTORS] = (kv_head + 1) % kv_heads
                 if kv_head + 1 == kv_heads:
                     ahead[0] = T.min(s + 1, batch - 1)
-            ahead[1] = _first_block(context_len[ahead[0]] - 1, shape)
+            ahead[1] = first_block(context_len[ahead[0]] - 1, shape)
         tile_pages.find(page_table, places, KEY_VECTORS, ahead[0], ahead[1], context_len[ahead[0]])
 
     @T.macro
@@ -116,7 +113,7 @@ def paged_attention(shape: AttentionShape) -> Any:
             sums[r, T.ramp(0, 1, LANES)] = splat(T.float32(0))
         for block in T.serial((end - begin + KEY_BLOCK - 1) // KEY_BLOCK):
             start = begin + block * KEY_BLOCK
-            if _is_needed(start, KEY_BLOCK, positions[first], shape):
+            if is_needed(start, KEY_BLOCK, positions[first], shape):
                 reading.find(page_table, places, 0, s, start, end)
                 aim(
                     *(page_table, context_len, places),
@@ -132,7 +129,7 @@ def paged_attention(shape: AttentionShape) -> Any:
                             *(scores, r, kv_head * group + r % group),
                             *(positions[first + r // group], start),
                         )
-                if _needs_mask(start, positions[first], positions[first + count - 1], shape):
+                if needs_mask(start, positions[first], positions[first + count - 1], shape):
                     for r in T.serial(count * group):
                         steps.mask(scores, r, positions[first + r // group], start)
                 for r in T.serial(count * group):
@@ -149,19 +146,6 @@ def paged_attention(shape: AttentionShape) -> Any:
             state[r, 1] = reduce_sum(sums[r, T.ramp(0, 1, LANES)])
 
     @T.macro
-    def store(
-        acc: T.handle,
-        state: T.handle,
-        r: T.int32,
-        out: T.handle,
-        token: T.int32,
-        head: T.int32,
-    ) -> None:
-        state[r, 1] = T.float32(1) / state[r, 1]
-        for d in T.serial(head_dim):
-            out[token, head * head_dim + d] = acc[r, d] * state[r, 1]
-
-    @T.macro
     def attend_tile(
         q: T.handle,
         pages: T.handle,
@@ -169,6 +153,7 @@ def paged_attention(shape: AttentionShape) -> Any:
         page_table: T.handle,
         positions: T.handle,
         context_len: T.handle,
+        sink_logits: T.handle,
         out: T.handle,
         batch: T.int32,
         tile: T.int32,
@@ -196,12 +181,12 @@ def paged_attention(shape: AttentionShape) -> Any:
             state = T.alloc_buffer((tile_rows, 2), "float32")
             count = T.min(tile_tokens, query_start[place[0] + 1] - place[1])
             place[3] = positions[place[1] + count - 1] + 1
-            load_queries(q, queries, kv_head, place[1], count, tile_rows)
+            tile_steps.load_queries(q, queries, kv_head, place[1], count, tile_rows)
             if place[3] > PART_KEYS:
                 for r in T.serial(count * group):
                     tile_steps.clear(acc, state, r)
             for p in T.serial(_parts(place[3])):
-                if _is_needed(p * PART_KEYS, PART_KEYS, positions[place[1]], shape):
+                if is_needed(p * PART_KEYS, PART_KEYS, positions[place[1]], shape):
                     operands = T.meta_var(
                         (
                             *(queries, pages, page_table, positions, context_len, part),
@@ -217,12 +202,11 @@ def paged_attention(shape: AttentionShape) -> Any:
                         for r in T.serial(count * group):
                             tile_steps.merge(part, part_state, r, acc, state, r)
             for r in T.serial(count * group):
+                target = T.meta_var((out, place[1] + r // group, kv_head * group + r % group))
                 if place[3] > PART_KEYS:
-                    store(acc, state, r, out, place[1] + r // group, kv_head * group + r % group)
+                    tile_steps.store(acc, state, r, sink_logits, *target)
                 else:
-                    store(
-                        part, part_state, r, out, place[1] + r // group, kv_head * group + r % group
-                    )
+                    tile_steps.store(part, part_state, r, sink_logits, *target)
 
     @T.macro
     def attend_part(
@@ -233,6 +217,7 @@ def paged_attention(shape: AttentionShape) -> Any:
         context_len: T.handle,
         parts: T.handle,
         part_states: T.handle,
+        sink_logits: T.handle,
         out: T.handle,
         s: T.int32,
         kv_head: T.int32,
@@ -242,11 +227,11 @@ def paged_attention(shape: AttentionShape) -> Any:
     ) -> None:
         """The one token of sequence s over one part of its keys."""
         if p * PART_KEYS < context_len[s]:
-            if _is_needed(p * PART_KEYS, PART_KEYS, positions[s], shape):
+            if is_needed(p * PART_KEYS, PART_KEYS, positions[s], shape):
                 queries = T.alloc_buffer((single_rows, head_dim), "float32")
                 acc = T.alloc_buffer((single_rows, head_dim), "float32")
                 state = T.alloc_buffer((single_rows, 2), "float32")
-                load_queries(q, queries, kv_head, s, 1, single_rows)
+                single_steps.load_queries(q, queries, kv_head, s, 1, single_rows)
                 attend(
                     *(queries, pages, page_table, positions, context_len, acc, state),
                     *(s, kv_head, s, 1),
@@ -262,7 +247,7 @@ def paged_attention(shape: AttentionShape) -> Any:
                         for d in T.serial(head_dim):
                             parts[row, d] = acc[r, d]
                     else:
-                        store(acc, state, r, out, s, kv_head * group + r)
+                        single_steps.store(acc, state, r, sink_logits, out, s, kv_head * group + r)
 
     @T.macro
     def merge_parts(
@@ -270,6 +255,7 @@ def paged_attention(shape: AttentionShape) -> Any:
         context_len: T.handle,
         parts: T.handle,
         part_states: T.handle,
+        sink_logits: T.handle,
         out: T.handle,
         s: T.int32,
         h: T.int32,
@@ -280,11 +266,85 @@ def paged_attention(shape: AttentionShape) -> Any:
             state = T.alloc_buffer((1, 2), "float32")
             single_steps.clear(acc, state, 0)
             for p in T.serial(_parts(context_len[s])):
-                if _is_needed(p * PART_KEYS, PART_KEYS, positions[s], shape):
+                if is_needed(p * PART_KEYS, PART_KEYS, positions[s], shape):
                     single_steps.merge(
                         parts, part_states, (s * heads + h) * max_parts + p, acc, state, 0
                     )
-            store(acc, state, 0, out, s, h)
+            single_steps.store(acc, state, 0, sink_logits, out, s, h)
+
+    @T.macro
+    def attend_all(
+        q: T.handle,
+        pages: T.handle,
+        query_start: T.handle,
+        page_table: T.handle,
+        context_len: T.handle,
+        positions: T.handle,
+        sink_logits: T.handle,
+        out: T.handle,
+        n: T.int32,
+        batch: T.int32,
+        max_pages: T.int32,
+    ) -> None:
+        if n == batch:
+            max_parts = T.meta_var(_parts(max_pages * LANES))
+            parts = T.alloc_buffer((batch * heads * max_parts, head_dim), "float32")
+            part_states = T.alloc_buffer((batch * heads * max_parts, 2), "float32")
+            for task in T.parallel(kv_heads * batch * max_parts):
+                attend_part(
+                    *(q, pages, page_table, positions, context_len, parts, part_states),
+                    *(sink_logits, out),
+                    task // (kv_heads * max_parts),
+                    task // max_parts % kv_heads,
+                    task % max_parts,
+                    *(max_parts, batch),
+                )
+            if max_parts > 1:
+                for task in T.parallel(batch * heads):
+                    merge_parts(
+                        *(positions, context_len, parts, part_states, sink_logits, out),
+                        *(task // heads, task % heads, max_parts),
+                    )
+        else:
+            # At most one partly filled tile a sequence: some tasks find nothing to do. Early and
+            # late tiles alternate, since late ones see more keys and threads get equal ranges.
+            for task in T.parallel(kv_heads * (n // tile_tokens + batch)):
+                attend_tile(
+                    *(q, pages, query_start, page_table, positions, context_len),
+                    *(sink_logits, out, batch),
+                    _alternate(task % (n // tile_tokens + batch), n // tile_tokens + batch),
+                    task // (n // tile_tokens + batch),
+                )
+
+    if sink_dtype is not None:
+
+        @T.prim_func(private=True, s_tir=True)
+        def sink_attention_kernel(
+            q_handle: T.handle,
+            pages_handle: T.handle,
+            query_start_handle: T.handle,
+            page_table_handle: T.handle,
+            context_len_handle: T.handle,
+            positions_handle: T.handle,
+            sink_logits: T.Buffer((heads,), sink_dtype),
+            out_handle: T.handle,
+        ) -> None:
+            T.func_attr({"tirx.noalias": True})
+            n, batch, max_pages = T.int32(), T.int32(), T.int32()
+            num_pages, starts = T.int32(), T.int32()
+            q = T.match_buffer(q_handle, (n, heads, head_dim), "float32")
+            pages = T.match_buffer(pages_handle, (num_pages, 2, kv_heads, page_items), kv_dtype)
+            query_start = T.match_buffer(query_start_handle, (starts,), "int32")
+            page_table = T.match_buffer(page_table_handle, (batch, max_pages), "int32")
+            context_len = T.match_buffer(context_len_handle, (batch,), "int32")
+            positions = T.match_buffer(positions_handle, (n,), "int32")
+            out = T.match_buffer(out_handle, (n, heads * head_dim), "float32")
+            attend_all(
+                *(q, pages, query_start, page_table, context_len, positions, sink_logits, out),
+                *(n, batch, max_pages),
+            )
+
+        return sink_attention_kernel
 
     @T.prim_func(private=True, s_tir=True)
     def paged_attention_kernel(
@@ -297,11 +357,8 @@ def paged_attention(shape: AttentionShape) -> Any:
         out_handle: T.handle,
     ) -> None:
         T.func_attr({"tirx.noalias": True})
-        n = T.int32()
-        batch = T.int32()
-        max_pages = T.int32()
-        num_pages = T.int32()
-        starts = T.int32()
+        n, batch, max_pages = T.int32(), T.int32(), T.int32()
+        num_pages, starts = T.int32(), T.int32()
         q = T.match_buffer(q_handle, (n, heads, head_dim), "float32")
         pages = T.match_buffer(pages_handle, (num_pages, 2, kv_heads, page_items), kv_dtype)
         query_start = T.match_buffer(query_start_handle, (starts,), "int32")
@@ -309,33 +366,10 @@ def paged_attention(shape: AttentionShape) -> Any:
         context_len = T.match_buffer(context_len_handle, (batch,), "int32")
         positions = T.match_buffer(positions_handle, (n,), "int32")
         out = T.match_buffer(out_handle, (n, heads * head_dim), "float32")
-        if n == batch:
-            max_parts = T.meta_var(_parts(max_pages * LANES))
-            parts = T.alloc_buffer((batch * heads * max_parts, head_dim), "float32")
-            part_states = T.alloc_buffer((batch * heads * max_parts, 2), "float32")
-            for task in T.parallel(kv_heads * batch * max_parts):
-                attend_part(
-                    *(q, pages, page_table, positions, context_len, parts, part_states, out),
-                    task // (kv_heads * max_parts),
-                    task // max_parts % kv_heads,
-                    task % max_parts,
-                    *(max_parts, batch),
-                )
-            if max_parts > 1:
-                for task in T.parallel(batch * heads):
-                    merge_parts(
-                        *(positions, context_len, parts, part_states, out),
-                        *(task // heads, task % heads, max_parts),
-                    )
-        else:
-            # At most one partly filled tile a sequence: some tasks find nothing to do. Early and
-            # late tiles alternate, since late ones see more keys and threads get equal ranges.
-            for task in T.parallel(kv_heads * (n // tile_tokens + batch)):
-                attend_tile(
-                    *(q, pages, query_start, page_table, positions, context_len, out, batch),
-                    _alternate(task % (n // tile_tokens + batch), n // tile_tokens + batch),
-                    task // (n // tile_tokens + batch),
-                )
+        attend_all(
+            *(q, pages, query_start, page_table, context_len, positions, q, out),
+            *(n, batch, max_pages),
+        )
 
     return paged_attention_kernel
 
@@ -348,23 +382,3 @@ def _alternate(index: Any, count: Any) -> Any:
 def _parts(num_keys: Any) -> Any:
     """Return how many parts so many keys have."""
     return (num_keys + PART_KEYS - 1) // PART_KEYS
-
-
-def _is_needed(start: Any, count: int, position: Any, shape: AttentionShape) -> Any:
-    """Return whether a query from `position` on sees some of the `count` keys from `start` on."""
-    if shape.window <= 0:
-        return T.bool(True)
-    return T.Or(start + count > shape.first_key(position), start < shape.sinks)
-
-
-def _first_block(position: Any, shape: AttentionShape) -> Any:
-    """Return the first key of the first block that a query at `position` needs."""
-    if shape.window <= 0 or shape.sinks > 0:
-        return T.int32(0)
-    return T.max(shape.first_key(position), 0) // KEY_BLOCK * KEY_BLOCK
-
-
-def _needs_mask(start: Any, first: Any, last: Any, shape: AttentionShape) -> Any:
-    """Return whether a query of positions first .. last does not see all keys of a block."""
-    above = start + KEY_BLOCK - 1 > first
-    return above if shape.window <= 0 else T.Or(above, start < shape.first_key(last))

@@ -14,6 +14,7 @@ from typing import Any
 from tvm.script import tirx as T
 
 from mlc_llm.kernels.cpu.attention_pages import KEY_VECTORS, AttentionShape, PageSteps
+from mlc_llm.kernels.cpu.attention_window import visible
 from mlc_llm.kernels.cpu.vector_math import (
     LANES,
     LOG2_E,
@@ -38,14 +39,17 @@ class BlockSteps:
     acc (rows, head_dim) sums weighted values, state (rows, 2) is the maximum that weights are
     relative to and their sum, sums (rows, 16) are the lanes of that sum while blocks are added.
 
-    clear(acc, state, row). score(q, source, places, factors, scores, kv_head, rows).
-    lower(scores, row, head, position, start) lowers scores by distance (ALiBi). mask(scores, row,
-    position, start). raise_maximum(scores, state, sums, acc, row) and weigh(scores, factors,
-    state, sums, row) make weights of scores. add_values(scores, source, places, acc, kv_head,
-    rows, count). merge(part, part_state, i, acc, state, row) adds what row i of a part has summed
-    to `row`.
+    load_queries(q, queries, kv_head, first, count, max_rows) fills rows with the scaled queries of
+    `count` tokens, the rest with zeros. clear(acc, state, row). score(q, source, places, factors,
+    scores, kv_head, rows). lower(scores, row, head, position, start) lowers scores by distance
+    (ALiBi). mask(scores, row, position, start). raise_maximum(scores, state, sums, acc, row) and
+    weigh(scores, factors, state, sums, row) make weights of scores. add_values(scores, source,
+    places, acc, kv_head, rows, count). merge(part, part_state, i, acc, state, row) adds what row i
+    of a part has summed to `row`. store(acc, state, row, sink_logits, out, token, head) divides by
+    the sum of weights.
     """
 
+    load_queries: Any
     clear: Any
     score: Any
     lower: Any
@@ -54,14 +58,21 @@ class BlockSteps:
     weigh: Any
     add_values: Any
     merge: Any
+    store: Any
 
 
 def block_steps(
-    shape: AttentionShape, reading: PageSteps, step: int, *, is_fetching: bool
+    shape: AttentionShape,
+    reading: PageSteps,
+    step: int,
+    *,
+    is_fetching: bool,
+    has_sink_logits: bool = False,
 ) -> BlockSteps:
     """Return the steps for a shape, with `step` rows in registers.
 
-    is_fetching: scoring also fetches the next block.
+    is_fetching: scoring also fetches the next block. has_sink_logits: the sum of weights counts
+    the sink logit of the head.
     """
     head_dim, page_size, is_int8 = shape.head_dim, shape.page_size, shape.is_int8
     soft_cap = shape.soft_cap
@@ -70,7 +81,25 @@ def block_steps(
     # Vectors of scores, and of the output, that are summed in registers at a time.
     span = shape.span
     width = next(count for count in range(span, 0, -1) if vectors % count == 0)
-    line, half = reading.line, step // 2
+    line, half, group = reading.line, step // 2, shape.group
+
+    @T.macro
+    def load_queries(
+        q: T.handle,
+        queries: T.handle,
+        kv_head: T.int32,
+        first: T.int32,
+        count: T.int32,
+        max_rows: T.meta_var,
+    ) -> None:
+        for r in T.serial(count * group):
+            for d in T.serial(head_dim):
+                queries[r, d] = q[first + r // group, kv_head * group + r % group, d] * T.float32(
+                    shape.query_scale
+                )
+        for r in T.serial(max_rows - count * group):
+            for d in T.serial(head_dim):
+                queries[count * group + r, d] = T.float32(0)
 
     @T.macro
     def clear(acc: T.handle, state: T.handle, row: T.int32) -> None:
@@ -187,7 +216,7 @@ def block_steps(
     def mask(scores: T.handle, row: T.int32, position: T.int32, start: T.int32) -> None:
         for u in T.unroll(KEY_VECTORS):
             scores[row, T.ramp(u * LANES, 1, LANES)] = T.Select(
-                _visible(T.ramp(start + u * LANES, 1, LANES), position, shape),
+                visible(T.ramp(start + u * LANES, 1, LANES), position, shape),
                 scores[row, T.ramp(u * LANES, 1, LANES)],
                 splat(T.float32(MASKED)),
             )
@@ -293,7 +322,29 @@ def block_steps(
                 lanes,
             )
 
-    return BlockSteps(clear, score, lower, mask, raise_maximum, weigh, add_values, merge)
+    @T.macro
+    def store(
+        acc: T.handle,
+        state: T.handle,
+        row: T.int32,
+        sink_logits: T.handle,
+        out: T.handle,
+        token: T.int32,
+        head: T.int32,
+    ) -> None:
+        if has_sink_logits:
+            # Beside a weight of 2**126 all others are nothing; a larger one would overflow.
+            power = T.meta_var(
+                T.Cast("float32", sink_logits[head]) * T.float32(LOG2_E) - state[row, 0]
+            )
+            state[row, 1] = state[row, 1] + exp2(T.min(power, T.float32(126)), 1)
+        state[row, 1] = T.float32(1) / state[row, 1]
+        for d in T.serial(head_dim):
+            out[token, head * head_dim + d] = acc[row, d] * state[row, 1]
+
+    return BlockSteps(
+        *(load_queries, clear, score, lower, mask, raise_maximum, weigh, add_values, merge, store)
+    )
 
 
 def _finish_score(score: Any, factor: Any, is_int8: bool, soft_cap: float) -> Any:
@@ -318,12 +369,3 @@ def _alibi_slope(head: Any, num_heads: int) -> Any:
     whole = 2 ** int(math.log2(num_heads))
     number = T.if_then_else(head < whole, 2 * (head + 1), 2 * (head - whole) + 1)
     return exp2(T.Cast("float32", number) * T.float32(-4 / whole), 1) * T.float32(LOG2_E)
-
-
-def _visible(keys: Any, position: Any, shape: AttentionShape) -> Any:
-    """Return a mask: which of 16 keys the query at `position` sees."""
-    mask = keys <= splat(position)
-    if shape.window > 0:
-        recent = keys >= splat(shape.first_key(position))
-        mask = T.bitwise_and(mask, T.bitwise_or(recent, keys < splat(T.int32(shape.sinks))))
-    return mask

@@ -32,13 +32,18 @@ SHAPES = {
     "int8": dataclasses.replace(GQA, kv_dtype="int8"),
     "int8, odd sizes": AttentionShape(3, 1, 20, PAGE, "int8", 0.2, -1),
 }
+# Shape and dtype of the sink logits.
+SINK_LOGITS = {
+    "sink logits, window": (dataclasses.replace(GQA, window=70), "float32"),
+    "sink logits, int8, odd sizes": (SHAPES["int8, odd sizes"], "bfloat16"),
+}
 
 
 class Step:
     """Random inputs of one step over sequences whose pages lie in any order."""
 
-    def __init__(self, rng, shape, work):
-        self.shape, self.work = shape, work
+    def __init__(self, rng, shape, work, sink_logits=None):
+        self.shape, self.work, self.sink_logits = shape, work, sink_logits
         kv_dtype = numpy_dtype(shape.kv_dtype)
         counts = [-(-context // PAGE) for context, _ in work]
         order = iter(rng.permutation(sum(counts) + 3).tolist())
@@ -94,6 +99,7 @@ class Step:
             self.page_table,
             self.context_len,
             self.positions,
+            *(() if self.sink_logits is None else (self.sink_logits,)),
         )
         n, heads, head_dim = self.q.shape
         return kernel(*inputs, shape=(n, heads * head_dim)).reshape(n, heads, head_dim)
@@ -114,6 +120,10 @@ class Step:
         scores = np.einsum("hd,khd->hk", q.astype(np.float64), keys) * self.shape.scale
         if self.shape.soft_cap:
             scores = self.shape.soft_cap * np.tanh(scores / self.shape.soft_cap)
+        if self.sink_logits is not None:  # one score more, of a value of zeros
+            sinks = self.sink_logits.astype(np.float64)
+            scores = np.concatenate([scores, sinks[:, None]], axis=1)
+            values = np.concatenate([values, np.zeros((1, *values.shape[1:]))])
         weights = np.exp(scores - scores.max(axis=1, keepdims=True))
         weights /= weights.sum(axis=1, keepdims=True)
         return np.einsum("hk,khd->hd", weights, values)
@@ -135,15 +145,22 @@ def visible(shape, keys, position):
     return mask
 
 
-def check_against_dense(kernel, rng, shape, work):
+def make_sink_logits(rng, shape, dtype):
+    """Return logits (heads) between those that take nothing and those that take everything."""
+    logits = 4 * rng.standard_normal(shape.num_heads)
+    logits[:3] = -200, 3, 200
+    return logits.astype(numpy_dtype(dtype))
+
+
+def check_against_dense(kernel, rng, shape, work, sink_logits=None):
     """Assert that a step is what a dense softmax makes of it."""
-    step = Step(rng, shape, work)
+    step = Step(rng, shape, work, sink_logits)
     np.testing.assert_allclose(step.run(kernel), step.expected(), rtol=1e-4, atol=3e-6)
 
 
-def check_independence(kernel, rng, shape):
+def check_independence(kernel, rng, shape, sink_logits=None):
     """Assert that a token is the same to the bit alone, in chunks, and beside others."""
-    step = Step(rng, shape, [(1100, 700)])
+    step = Step(rng, shape, [(1100, 700)], sink_logits)
     together = step.run(kernel)
     single = [0, 15, 16, 111, 112, 113, 200, 623, 624, 625, 680, 699]  # keys: 400 more
     for pieces in (

@@ -5,8 +5,10 @@ from attention_cases import (
     DECODE,
     RAGGED,
     SHAPES,
+    SINK_LOGITS,
     check_against_dense,
     check_independence,
+    make_sink_logits,
 )
 from int8_cases import runnable_devices
 
@@ -31,6 +33,17 @@ def test_equals_dense_attention(compiled, rng):
 def test_a_token_does_not_depend_on_its_step(compiled, rng):
     shape, kernel = compiled
     check_independence(kernel, rng, shape)
+
+
+@pytest.mark.parametrize("name", SINK_LOGITS)
+def test_a_sink_is_one_more_score_without_a_value(build, rng, name):
+    shape, dtype = SINK_LOGITS[name]
+    kernel = build(paged_attention(shape, dtype))
+    logits = make_sink_logits(rng, shape, dtype)
+    # Tiles, single tokens, and single tokens whose keys are dealt out in parts.
+    for work in (RAGGED, DECODE):
+        check_against_dense(kernel, rng, shape, work, logits)
+    check_independence(kernel, rng, shape, logits)
 
 
 @pytest.mark.parametrize("device", runnable_devices())
