@@ -10,6 +10,8 @@ MEMORY_LIMIT_BYTES = 512 << 20
 # The process reads grammars on a stack much smaller than any other thread's, so that what passes
 # there cannot overflow one here.
 STACK_BYTES = 256 << 10
+# The special token of that process's vocabulary, one behind the bytes.
+END_ID = 256
 
 
 def parser_limits() -> LLParserLimits:

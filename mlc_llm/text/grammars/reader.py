@@ -5,6 +5,7 @@ Slow and hostile grammars are read by a helper process first; here is only read 
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -14,13 +15,14 @@ from llguidance import LLMatcher
 
 from mlc_llm.errors import RequestError
 from mlc_llm.text.child_process import ChildError, ChildOverdue, ChildProcess
-from mlc_llm.text.grammars.limits import MEMORY_LIMIT_BYTES, TIME_LIMIT_S, parser_limits
+from mlc_llm.text.grammars.limits import END_ID, MEMORY_LIMIT_BYTES, TIME_LIMIT_S, parser_limits
 from mlc_llm.text.grammars.schema import PARAM
 from mlc_llm.text.grammars.source import join_parts, read_source
 from mlc_llm.text.grammars.vocabulary import GrammarVocabulary
 
 _WORKER_PATH = Path(__file__).with_name("worker.py")
 _MAX_REASON = 300
+_TOKEN_ID = re.compile(r"<\[[0-9]{1,10}\]>")
 
 
 class GrammarReader:
@@ -70,8 +72,10 @@ class GrammarReader:
 
     def _try(self, grammar: str, is_ebnf: bool) -> str:
         """Let the helper process read a grammar; return what it became. Raises RequestError."""
+        # It has another vocabulary, of which the end alone is special.
+        tried = grammar if is_ebnf else _TOKEN_ID.sub(f"<[{END_ID}]>", grammar)
         try:
-            reply = self._child.ask({"grammar": grammar, "is_ebnf": is_ebnf}, TIME_LIMIT_S)
+            reply = self._child.ask({"grammar": tried, "is_ebnf": is_ebnf}, TIME_LIMIT_S)
         except ChildOverdue:
             raise RequestError(
                 f"the grammar takes more than {TIME_LIMIT_S:g} s to read; make it simpler", PARAM

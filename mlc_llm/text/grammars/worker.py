@@ -16,7 +16,7 @@ sys.path.extend(sys.argv[2:])
 from llguidance import LLMatcher, LLTokenizer, grammar_from
 
 from mlc_llm.text.child import serve
-from mlc_llm.text.grammars.limits import STACK_BYTES, parser_limits
+from mlc_llm.text.grammars.limits import END_ID, STACK_BYTES, parser_limits
 
 
 class Bytes:
@@ -24,8 +24,8 @@ class Bytes:
 
     is_tokenizer_wrapper = True
     bos_token_id = None
-    eos_token_id = 256
-    special_token_ids = (256,)
+    eos_token_id = END_ID
+    special_token_ids = (END_ID,)
     tokens = (*(bytes([byte]) for byte in range(256)), b"<|end|>")
 
     def __call__(self, text: str | bytes) -> list[int]:
