@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from mlc_llm.text.stop import StopFilter
 from mlc_llm.text.tokenizer import Tokenizer
@@ -21,14 +21,16 @@ class TextStream:
         stop: Sequence[str],
         min_tokens: int = 0,
         context: Sequence[int] = (),
+        shown: Collection[int] = (),
     ) -> None:
         """Begin a text, one that continues the ids of `context` where there are any.
 
-        In what the first min_tokens tokens bring, no stop string counts.
+        In what the first min_tokens tokens bring, no stop string counts. shown: special tokens
+        that are part of the text.
         """
         self.num_decoded = 0
         self.num_passed = 0
-        self._tokens = tokenizer.stream(context=context)
+        self._tokens = tokenizer.stream(context=context, shown=shown)
         self._stops = StopFilter(stop) if stop else None
         self._num_free = min_tokens  # tokens whose text passes whatever it says
 

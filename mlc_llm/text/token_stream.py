@@ -7,7 +7,7 @@ memory per id, on any ids.
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Protocol
 
 from mlc_llm.text.vocabulary import Vocabulary
@@ -28,11 +28,18 @@ class TokenStream(Protocol):
 
 
 def open_stream(
-    vocabulary: Vocabulary, skip_special_tokens: bool, context: Sequence[int]
+    vocabulary: Vocabulary,
+    skip_special_tokens: bool,
+    context: Sequence[int],
+    shown: Collection[int] = (),
 ) -> TokenStream:
-    """Return a stream for ids that are in the vocabulary, as are those of `context` before them."""
+    """Return a stream for ids that are in the vocabulary, as are those of `context` before them.
+
+    shown: special tokens that are not skipped.
+    """
+    skipped = vocabulary.special_ids.difference(shown) if skip_special_tokens else frozenset[int]()
     kind = _ByteStream if vocabulary.decodes_bytes else _TextStream
-    return kind(vocabulary, skip_special_tokens, context[-_MAX_HELD_TOKENS:])
+    return kind(vocabulary, skipped, context[-_MAX_HELD_TOKENS:])
 
 
 def decode_bytes(vocabulary: Vocabulary, ids: Iterable[int], skip_special_tokens: bool) -> str:
@@ -48,10 +55,10 @@ class _ByteStream:
     """Joins the bytes of tokens."""
 
     def __init__(
-        self, vocabulary: Vocabulary, skip_special_tokens: bool, context: Sequence[int]
+        self, vocabulary: Vocabulary, skipped: frozenset[int], context: Sequence[int]
     ) -> None:
         self._vocabulary = vocabulary
-        self._skipped = vocabulary.special_ids if skip_special_tokens else frozenset[int]()
+        self._skipped = skipped
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         # The context may end inside a character; it also tells whether the text begins here.
         self._drops_space = vocabulary.drops_first_space
@@ -81,10 +88,10 @@ class _TextStream:
     """
 
     def __init__(
-        self, vocabulary: Vocabulary, skip_special_tokens: bool, context: Sequence[int]
+        self, vocabulary: Vocabulary, skipped: frozenset[int], context: Sequence[int]
     ) -> None:
         self._vocabulary = vocabulary
-        self._skip_special_tokens = skip_special_tokens
+        self._skipped = skipped
         # ids: ... spoken earlier ... | _context, the last piece | _held, not yet spoken
         # The context is decoded again with each id, since a decoder treats the first id its own
         # way (drops its space).
@@ -112,4 +119,5 @@ class _TextStream:
         return self._decode([*self._context, *self._held])[len(self._spoken) :]
 
     def _decode(self, ids: Sequence[int]) -> str:
-        return self._vocabulary.decode(ids, self._skip_special_tokens)
+        kept = [token_id for token_id in ids if token_id not in self._skipped]
+        return self._vocabulary.decode(kept, False)

@@ -5,7 +5,7 @@ Knows what a text must be and which special tokens a model names; formats/ knows
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -130,14 +130,18 @@ class Tokenizer:
         return self.id_to_token(token_id) is not None
 
     def stream(
-        self, skip_special_tokens: bool = True, context: Sequence[int] = ()
+        self,
+        skip_special_tokens: bool = True,
+        context: Sequence[int] = (),
+        shown: Collection[int] = (),
     ) -> CheckedStream:
         """Return a stream that turns ids into text one at a time.
 
         context: the ids before them, so that a text that goes on keeps the space it begins with.
+        shown: special tokens that are not skipped.
         """
         known = [token_id for token_id in context if self.has_id(token_id)]
-        return CheckedStream(self, open_stream(self.vocabulary, skip_special_tokens, known))
+        return CheckedStream(self, open_stream(self.vocabulary, skip_special_tokens, known, shown))
 
     def to_file(self) -> tuple[str, bytes]:
         """Return name and content of a file from which `load` makes the same vocabulary."""

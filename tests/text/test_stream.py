@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 
 import pytest
+import small_tokenizers
 
 from mlc_llm.text.stream import TextStream
 from mlc_llm.text.tokenizer import Tokenizer
@@ -101,3 +102,18 @@ def test_any_tokens_and_stop_strings_agree_with_the_whole_text(tokenizer: Tokeni
         stop = whole[first : first + draw.randrange(1, 6)] or "never"
         text = "".join(read_all(TextStream(tokenizer, [stop]), tokens))
         assert text == whole.partition(stop)[0]
+
+
+def test_special_tokens_are_shown_where_they_are_wanted() -> None:
+    tokenizer = Tokenizer(small_tokenizers.byte_level())
+    ids = [
+        token for text in ("<|im_start|>", "he", "<|im_end|>") for token in tokenizer.encode(text)
+    ]
+
+    def text_of(*shown: int) -> str:
+        stream = TextStream(tokenizer, [], shown=shown)
+        return "".join([*(stream.put(token) for token in ids), stream.finish()])
+
+    assert text_of() == "he"
+    assert text_of(ids[0]) == "<|im_start|>he"
+    assert text_of(*ids) == "<|im_start|>he<|im_end|>"

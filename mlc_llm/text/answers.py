@@ -1,0 +1,95 @@
+"""How the answers of one model are read: its format of calls and its marks of reasoning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mlc_llm.text.events import AnswerParser
+from mlc_llm.text.reasoning import (
+    AUTO,
+    NONE,
+    PlainParser,
+    ReasoningFormat,
+    ReasoningParser,
+    find_reasoning,
+)
+from mlc_llm.text.tool_calls import deepseek, harmony, mistral, phi
+from mlc_llm.text.tool_calls.registry import CallFormat, detect_format, get_format
+
+# Texts that readers look for beside the marks of calls, by reader.
+_SHOWN = {
+    "deepseek": deepseek.SHOWN,
+    "mistral": mistral.SHOWN,
+    "phi": phi.SHOWN,
+    "harmony": harmony.SHOWN,
+}
+
+
+@dataclass(frozen=True)
+class AnswerFormats:
+    """The formats of a model's answers.
+
+    reasoning: None where it marks no thoughts, and where channels do (gpt_oss).
+    """
+
+    calls: CallFormat
+    reasoning: ReasoningFormat | None
+    splits_channels: bool
+
+    @classmethod
+    def find(
+        cls,
+        template: str | None,
+        model_type: str = "",
+        tool_parser: str = AUTO,
+        reasoning_parser: str = AUTO,
+    ) -> AnswerFormats:
+        """Return the formats of these names, `auto` being the model's own.
+
+        template: the text of its chat template. Raises OptionError for names that are not known.
+        """
+        own = detect_format(template, model_type)
+        calls = own if tool_parser == AUTO else get_format(tool_parser)
+        is_harmony = calls.reader == "harmony"
+        reasoning = find_reasoning(reasoning_parser, template)
+        splits_channels = is_harmony and reasoning_parser != NONE
+        return cls(calls, None if is_harmony else reasoning, splits_channels)
+
+    @property
+    def splits_reasoning(self) -> bool:
+        """Whether thoughts can be told from answers."""
+        return self.splits_channels or self.reasoning is not None
+
+    def open_parser(
+        self,
+        tools: Mapping[str, Mapping[str, Any]],
+        *,
+        splits_reasoning: bool = True,
+        is_thinking: bool = False,
+        holds_calls: bool = False,
+        new_id: Callable[[], str] | None = None,
+    ) -> AnswerParser | None:
+        """Return a parser for one answer, None for one that is nothing but content.
+
+        tools: the schemas of what it may call, by name. is_thinking: the prompt has begun its
+        thoughts. See `CallFormat.open_parser` for the others.
+        """
+        has_thoughts = splits_reasoning and self.splits_reasoning
+        if not tools and not has_thoughts:
+            return None
+        inner: AnswerParser = PlainParser()
+        if tools or self.splits_channels:
+            inner = self.calls.open_parser(tools, holds_calls=holds_calls, new_id=new_id)
+        if has_thoughts and self.reasoning is not None:
+            return ReasoningParser(self.reasoning, inner, is_thinking)
+        return inner
+
+    @property
+    def shown_texts(self) -> tuple[str, ...]:
+        """Texts that a parser has to see, though they may be special tokens."""
+        shown = (*self.calls.shape.special, *_SHOWN.get(self.calls.reader, ()))
+        if self.reasoning is not None:
+            shown += (self.reasoning.begin, self.reasoning.end)
+        return tuple(dict.fromkeys(shown))
