@@ -105,7 +105,7 @@ def test_any_tokens_and_stop_strings_agree_with_the_whole_text(tokenizer: Tokeni
 
 
 def test_special_tokens_are_shown_where_they_are_wanted() -> None:
-    tokenizer = Tokenizer(small_tokenizers.byte_level())
+    tokenizer = Tokenizer(small_tokenizers.byte_level(), {})
     ids = [
         token for text in ("<|im_start|>", "he", "<|im_end|>") for token in tokenizer.encode(text)
     ]
