@@ -23,7 +23,10 @@ def read_request(kind: type[Kind], fields: Mapping[str, Any]) -> Kind:
         raise RequestError("extra_body must be a dictionary of further fields", "extra_body")
     if twice := sorted(values.keys() & extra.keys()):
         raise RequestError(f"{twice[0]} is given twice, the second time in extra_body", twice[0])
-    plain = {name: _to_json(value) for name, value in {**values, **extra}.items()}
+    try:
+        plain = {name: _to_json(value) for name, value in {**values, **extra}.items()}
+    except RecursionError:
+        raise RequestError("a field is nested too deeply; send less deep objects") from None
     try:
         return kind.model_validate(plain)
     except ValidationError as error:

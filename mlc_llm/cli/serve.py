@@ -295,6 +295,8 @@ def _serve(
             url = url_of(host, sockets)
             running.listen(url)
             print(f"Listening on {url}", flush=True)
+            if opened is not None and opened.engine.grammars is not None:
+                opened.engine.grammars.start()
 
         has_drained = serve(
             app,

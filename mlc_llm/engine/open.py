@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ from mlc_llm.device import free_memory_bytes, parse_device
 from mlc_llm.engine.capacity import MemoryPlan, plan_memory
 from mlc_llm.engine.config import EngineConfig
 from mlc_llm.engine.engine import Engine
+from mlc_llm.engine.grammar_cache import GrammarCache
 from mlc_llm.errors import LibraryMismatch, OptionError, UnsupportedModel
 from mlc_llm.runtime.library import load_library
+from mlc_llm.text.grammars.vocabulary import GrammarVocabulary
 from mlc_llm.text.prompt import PromptBuilder, load_template
 from mlc_llm.text.tokenizer import Tokenizer
 
@@ -79,15 +82,16 @@ def open_model(
     if template is not None:
         template.start()  # ready when the tokenizer is
     tokenizer = Tokenizer.load(artifact)
-    prompts = PromptBuilder.load(artifact, config, tokenizer, template)
     loaded = load_library(library)
     metadata = loaded.metadata
     check_library(metadata, config, overrides or {}, str(library))
+    prompts = PromptBuilder.load(artifact, config, tokenizer, template)
     free_bytes = free_memory_bytes()
     parameters = load_parameters(artifact, loaded, progress)
     weights_bytes = sum(array.nbytes for array in parameters)
     plan = plan_memory(metadata, engine_config, weights_bytes, free_bytes)
     runner = CompiledRunner(loaded, parameters, plan.num_pages, plan.num_state_slots)
+    vocab_size = config.active_vocab_size or metadata.vocab_size
     engine = Engine(
         runner,
         max_num_sequence=plan.max_num_sequence,
@@ -97,6 +101,9 @@ def open_model(
         has_prefix_cache=engine_config.prefix_cache_mode == "radix",
         mixes_prompts=engine_config.prefill_mode == "hybrid",
         active_vocab_size=config.active_vocab_size,
+        grammars=GrammarCache(
+            partial(GrammarVocabulary, tokenizer, prompts.stop_token_ids, vocab_size)
+        ),
     )
     return OpenModel(config, tokenizer, prompts, engine, plan)
 

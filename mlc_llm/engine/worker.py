@@ -20,6 +20,7 @@ from functools import partial
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from mlc_llm.engine.grammar_cache import CompiledGrammar
 from mlc_llm.engine.metrics import EngineMetrics
 from mlc_llm.engine.request import FinishReason, Output, Request
 from mlc_llm.engine.stream import Channel, RequestStream, deliver
@@ -139,6 +140,10 @@ class EngineWorker:
         ContextTooLong or RequestError.
         """
         self.engine.check(request)
+        grammar = None
+        if request.grammar is not None and self.engine.grammars is not None:
+            self._check_running()
+            grammar = await self.engine.grammars.compile_soon(request.grammar)
         loop = asyncio.get_running_loop()
         channel = Channel(request, loop)
         channel.stats.arrival_s = time.perf_counter()
@@ -147,7 +152,7 @@ class EngineWorker:
         limit_s = self._timeout_s if timeout_s is None else timeout_s
         if limit_s is not None:
             channel.timer = loop.call_later(limit_s, self._expire, channel, limit_s)
-        self._commands.put(partial(self._add, channel))
+        self._commands.put(partial(self._add, channel, grammar))
         return RequestStream(channel, self.abort)
 
     def abort(self, request_id: str, reason: FinishReason = "abort") -> None:
@@ -187,10 +192,7 @@ class EngineWorker:
 
     def _admit(self, channel: Channel) -> None:
         request_id = channel.request.request_id
-        if self._state == "draining":
-            raise EngineStopped("the engine is shutting down and takes no more requests")
-        if self._state != "running":
-            raise EngineStopped(f"the engine is {self._state} and takes no requests")
+        self._check_running()
         if request_id in self._live:
             raise RequestError(f"request id {request_id!r} is in use; choose another")
         if len(self._live) >= self._max_requests:
@@ -202,6 +204,12 @@ class EngineWorker:
                 after_s,
             )
         self._live[request_id] = channel
+
+    def _check_running(self) -> None:
+        if self._state == "draining":
+            raise EngineStopped("the engine is shutting down and takes no more requests")
+        if self._state != "running":
+            raise EngineStopped(f"the engine is {self._state} and takes no requests")
 
     def _seconds_until_room(self) -> float:
         """Estimate when half of those that wait will have left, at the pace of late."""
@@ -246,10 +254,10 @@ class EngineWorker:
             command()
         return True
 
-    def _add(self, channel: Channel) -> None:
+    def _add(self, channel: Channel, grammar: CompiledGrammar | None) -> None:
         arrival_s = channel.stats.arrival_s
         try:
-            channel.stats = self.engine.add(channel.request)
+            channel.stats = self.engine.add(channel.request, grammar)
             channel.stats.arrival_s = arrival_s
         except RequestError as error:
             self._refuse(channel, error)

@@ -8,15 +8,17 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from mlc_llm.engine.grammar import GrammarSpec
 from mlc_llm.engine.request import Output, Request, TokenLogprobs
 from mlc_llm.engine.sampling import SamplingParams
 from mlc_llm.engine.stream import RequestStream
 from mlc_llm.errors import RequestError
 from mlc_llm.serve.model import ServedModel
 from mlc_llm.serve.protocol.generation import GenerationRequest
+from mlc_llm.serve.response_format import grammar_of
 from mlc_llm.text.stream import TextStream
 
 EndReason = Literal["stop", "length"]
@@ -165,9 +167,11 @@ async def start_generation(
     n: int,
     prompt_logprobs: int | None = None,
     continues_text: bool = False,
+    grammar: GrammarSpec | None = None,
 ) -> Generation:
     """Queue a request; `continues_text` keeps the space between a prompt and what follows.
 
+    grammar: what the answers must match, in place of what the request's response_format says.
     Raises QueueFull, EngineStopped, ContextTooLong or RequestError.
     """
     stop_token_ids = frozenset(request.stop_token_ids or ())
@@ -176,6 +180,7 @@ async def start_generation(
             f"stop_token_ids has {bad[0]}, the model has {model.vocab_size:,} tokens",
             "stop_token_ids",
         )
+    grammar = grammar or grammar_of(request.response_format)
     stop_texts = params.stop
     if not request.ignores_eos:
         stop_token_ids |= model.prompts.stop_token_ids
@@ -195,6 +200,7 @@ async def start_generation(
             priority=request.priority or 0,
             cache_salt=request.cache_salt or "",
             prompt_logprobs=prompt_logprobs,
+            grammar=grammar and replace(grammar, continues_text=continues_text),
         ),
         model.timeout_s,
     )

@@ -16,6 +16,7 @@ import pytest
 from fakes import VOCAB_SIZE, FakeRunner, next_token
 
 from mlc_llm.engine.engine import Engine
+from mlc_llm.engine.grammar_cache import CompiledGrammar
 from mlc_llm.engine.metrics import EngineMetrics, RequestStats
 from mlc_llm.engine.request import Output, Request
 from mlc_llm.engine.sampling import SamplingParams
@@ -529,7 +530,7 @@ class BrokenEngine:
     def check(self, request: Request) -> None:
         pass
 
-    def add(self, request: Request) -> RequestStats:
+    def add(self, request: Request, grammar: CompiledGrammar | None = None) -> RequestStats:
         if self.add_error is not None:
             raise self.add_error
         self.requests[request.request_id] = request

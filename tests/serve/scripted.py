@@ -13,10 +13,12 @@ from small_tokenizers import byte_level
 
 from mlc_llm.artifact import ChatConfig
 from mlc_llm.engine.engine import Engine
+from mlc_llm.engine.grammar_cache import GrammarCache
 from mlc_llm.engine.worker import EngineWorker
 from mlc_llm.serve.model import ServedModel
 from mlc_llm.text.chat_template import ChatTemplate
 from mlc_llm.text.conversation import Conversation
+from mlc_llm.text.grammars.vocabulary import GrammarVocabulary
 from mlc_llm.text.prompt import PromptBuilder
 from mlc_llm.text.tokenizer import Tokenizer
 
@@ -70,7 +72,8 @@ async def scripted(
         prefill_chunk_size=32,
         max_batch_size=16,
     )
-    engine = Engine(runner)
+    grammars = GrammarCache(lambda: GrammarVocabulary(tokenizer, [END], VOCAB_SIZE))
+    engine = Engine(runner, grammars=grammars)
     worker = EngineWorker(engine, **worker_options)
     worker.start()
     config = ChatConfig(
@@ -96,6 +99,7 @@ async def scripted(
         worker.stop()
         prompts.close()
     engine.check_integrity()
+    engine.close()
     load = engine.load()
     assert (load.num_running, load.num_waiting) == (0, 0)
 

@@ -16,6 +16,7 @@ from small_tokenizers import byte_level
 
 from mlc_llm.artifact import ChatConfig
 from mlc_llm.engine.engine import Engine
+from mlc_llm.engine.grammar_cache import GrammarCache
 from mlc_llm.engine.worker import EngineWorker
 from mlc_llm.runtime.runner import Step
 from mlc_llm.serve.app import create_app
@@ -25,6 +26,7 @@ from mlc_llm.serve.model import ServedModel
 from mlc_llm.serve.options import AppOptions
 from mlc_llm.serve.server import bind, serve, url_of
 from mlc_llm.text.conversation import Conversation
+from mlc_llm.text.grammars.vocabulary import GrammarVocabulary
 from mlc_llm.text.prompt import PromptBuilder
 from mlc_llm.text.tokenizer import Tokenizer
 
@@ -136,12 +138,16 @@ def make_model(
     runner: SlowRunner, prompts: PromptBuilder | None = None, **worker_options: Any
 ) -> ServedModel:
     """Return a model on a runner, its worker not yet started."""
-    engine = Engine(runner, active_vocab_size=VOCAB_SIZE)
+    prompts = prompts or prompt_builder()
+    grammars = GrammarCache(
+        lambda: GrammarVocabulary(TOKENIZER, prompts.stop_token_ids, VOCAB_SIZE)
+    )
+    engine = Engine(runner, active_vocab_size=VOCAB_SIZE, grammars=grammars)
     return ServedModel(
         MODEL,
         chat_config(runner.metadata.context_window_size),
         TOKENIZER,
-        prompts or prompt_builder(),
+        prompts,
         EngineWorker(engine, **worker_options),
         engine.vocab_size,
         engine.max_sequence_len,
@@ -171,6 +177,7 @@ def served(
             yield Served(live, runner, model.worker, client)
         runner.gate.set()
     model.worker.engine.check_integrity()
+    model.worker.engine.close()
 
 
 def make_runner(

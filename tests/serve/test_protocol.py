@@ -80,7 +80,7 @@ def test_harmless_fields_are_taken(fields: dict[str, Any]) -> None:
         {"functions": [{"name": "f"}]},
         {"tool_choice": "required"},
         {"function_call": {"name": "f"}},
-        {"response_format": {"type": "json_object"}},
+        {"response_format": {"type": "xml"}},
         {"response_format": {"type": "json_schema", "json_schema": {}}},
         {"modalities": ["text", "audio"]},
         {"audio": {"voice": "a"}},

@@ -177,7 +177,8 @@ BOUNDS: list[tuple[str, Any]] = [
     ("priority", 2**70),
     ("cache_salt", "x" * 100_000),
     ("cache_salt", 5),
-    ("response_format", {"type": "json_object"}),
+    ("response_format", {"type": "xml"}),
+    ("response_format", {"type": "choice", "choice": ["a"] * 100_000}),
     ("nonsense", 1),
 ]
 

@@ -18,6 +18,7 @@ from mlc_llm.serve.protocol.base import (
     number,
     whole,
 )
+from mlc_llm.serve.protocol.response_format import ResponseFormat
 from mlc_llm.serve.protocol.support import KnownFields
 
 MAX_CHOICES = 128
@@ -75,6 +76,7 @@ class GenerationRequest(KnownFields):
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
     service_tier: Literal["auto", "default"] | None = None
+    response_format: ResponseFormat | None = None
     priority: Annotated[int, whole(-MAX_INT32 - 1)] | None = None
     cache_salt: Name | None = None
     request_id: Annotated[StrictStr, Field(pattern=r"^[A-Za-z0-9_.:-]{1,128}$")] | None = None

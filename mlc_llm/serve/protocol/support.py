@@ -25,7 +25,7 @@ _WITHOUT_EFFECT: WithoutEffect = {
     "id_slot": "sequences have no fixed places",
     "timings_per_token": "times are in /metrics",
 }
-_TEXT_ONLY = "this release answers with free text only"
+_USE_FORMAT = "use response_format"
 _NO_TOOLS = "this release does not call tools"
 _NO_BEAMS = "answers are sampled one by one; for the likeliest tokens use temperature 0"
 _REFUSED: Refused = {
@@ -33,7 +33,6 @@ _REFUSED: Refused = {
     "functions": (([],), _NO_TOOLS),
     "tool_choice": (("none", "auto"), _NO_TOOLS),
     "function_call": (("none", "auto"), _NO_TOOLS),
-    "response_format": (({"type": "text"},), _TEXT_ONLY),
     "modalities": ((["text"],), "answers are text only"),
     "audio": ((), "answers are text only"),
     "prediction": ((), "predicted outputs are not used"),
@@ -43,13 +42,13 @@ _REFUSED: Refused = {
     "moderation": ((), "there is no moderation model"),
     "store": ((False,), "the server stores no answers"),
     "truncate_prompt_tokens": ((), "shorten the prompt"),
-    "structured_outputs": ((), _TEXT_ONLY),
-    "guided_json": ((), _TEXT_ONLY),
-    "guided_regex": ((), _TEXT_ONLY),
-    "guided_choice": ((), _TEXT_ONLY),
-    "guided_grammar": ((), _TEXT_ONLY),
-    "grammar": ((), _TEXT_ONLY),
-    "json_schema": ((), _TEXT_ONLY),
+    "structured_outputs": ((), _USE_FORMAT),
+    "guided_json": ((), _USE_FORMAT),
+    "guided_regex": ((), _USE_FORMAT),
+    "guided_choice": ((), _USE_FORMAT),
+    "guided_grammar": ((), _USE_FORMAT),
+    "grammar": ((), _USE_FORMAT),
+    "json_schema": ((), _USE_FORMAT),
     "chat_template": ((), "templates come with the model, not with requests"),
     "documents": (([],), "put them into the messages"),
     "use_beam_search": ((False,), _NO_BEAMS),

@@ -37,11 +37,11 @@ def find_endless(root: Any, follow: Callable[[str], Any]) -> str | None:
     finite = [key for key, count in num_missing.items() if count == 0]
     met: set[tuple[int, int]] = set()
     while finite:
-        for key, number in wanted_by[finite.pop()]:
-            if number is not None:
-                if (key, number) in met:
+        for key, group in wanted_by[finite.pop()]:
+            if group is not None:
+                if (key, group) in met:
                     continue
-                met.add((key, number))
+                met.add((key, group))
             num_missing[key] -= 1
             if num_missing[key] == 0:
                 finite.append(key)

@@ -33,7 +33,8 @@ class Bytes:
         return list(text.encode() if isinstance(text, str) else text)
 
 
-TOKENIZER = LLTokenizer(Bytes())
+_BYTES: Any = Bytes()
+TOKENIZER = LLTokenizer(_BYTES)
 
 
 def read(request: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,164 @@
+"""What the answers to a chat may be, and how they are read: from its tools and its reasoning.
+
+Knows the request's wishes and the model's formats. Does not know how answers are written down.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from typing import Any
+
+from mlc_llm.engine.grammar import GrammarSpec
+from mlc_llm.errors import RequestError
+from mlc_llm.serve.model import ServedModel
+from mlc_llm.text.answers import AnswerFormats
+from mlc_llm.text.events import AnswerParser
+from mlc_llm.text.grammars.schema import check_schema
+from mlc_llm.text.tool_calls.grammar import call_grammar
+from mlc_llm.text.tool_calls.tools import ToolUse
+
+# Tokens at the end of a prompt that tell whether it has begun or ended the model's thoughts.
+_TAIL = 16
+
+
+@dataclass(frozen=True)
+class AnswerPlan:
+    """How to make and read the answers to one chat.
+
+    shown: special tokens that the parser reads. is_thinking: the prompt has begun the model's
+    thoughts. grammar: what answers must match, None for any text.
+    """
+
+    formats: AnswerFormats
+    use: ToolUse
+    shown: frozenset[int]
+    splits_reasoning: bool = True
+    is_thinking: bool = False
+    holds_calls: bool = True
+    grammar: GrammarSpec | None = None
+
+    @property
+    def max_calls(self) -> int:
+        """After how many calls an answer ends; 0 for any number."""
+        return 0 if self.use.parallel and self.use.name is None else 1
+
+    def open_parser(self) -> AnswerParser | None:
+        """Return what reads one answer, None where it is content alone."""
+        return self.formats.open_parser(
+            self.use.schemas,
+            splits_reasoning=self.splits_reasoning,
+            is_thinking=self.is_thinking,
+            holds_calls=self.holds_calls,
+        )
+
+
+def plan_answers(
+    model: ServedModel,
+    prompt: list[int],
+    use: ToolUse,
+    *,
+    content_grammar: GrammarSpec | None = None,
+    splits_reasoning: bool = True,
+    holds_calls: bool = True,
+) -> AnswerPlan:
+    """Return the plan for the answers to a prompt.
+
+    content_grammar: what an answer must match that calls no tool. holds_calls: see
+    `CallFormat.open_parser`. Raises RequestError for schemas that cannot be enforced.
+    """
+    formats = model.prompts.formats
+    tail = model.tokenizer.decode(prompt[-_TAIL:], skip_special_tokens=False)
+    marks = formats.reasoning
+    is_thinking = marks is not None and marks.is_open(tail)
+    will_think = marks is not None and formats.thinks_first and not marks.is_closed(tail)
+    shown = {model.tokenizer.token_to_id(text) for text in formats.shown_texts} - {None}
+    plan = AnswerPlan(
+        formats,
+        use,
+        frozenset(token for token in shown if token is not None),
+        splits_reasoning,
+        is_thinking,
+        holds_calls,
+    )
+    grammar = _grammar_of(model, plan, content_grammar)
+    if grammar is not None and marks is not None and (is_thinking or will_think):
+        grammar = replace(grammar, starts_after=(marks.end,))
+    return replace(plan, grammar=grammar)
+
+
+def _grammar_of(
+    model: ServedModel, plan: AnswerPlan, content: GrammarSpec | None
+) -> GrammarSpec | None:
+    use, shape = plan.use, plan.formats.calls.shape
+    schema = None
+    if content is not None and use.choice != "required":
+        if not use.callable_tools and plan.formats.calls.reader != "harmony":
+            return content
+        schema = _schema_of(content)
+    _check_tools(use)
+    special = model.tokenizer.vocabulary.special_ids
+    ids = {text: model.tokenizer.token_to_id(text) for text in shape.special}
+    token_ids = {text: token for text, token in ids.items() if token in special}
+    source = call_grammar(shape, use, token_ids, schema)
+    if source is None:
+        return None
+    # A space before the first text is dropped by some tokenizers; before a token there is none.
+    begins_with_token = any((shape.open + shape.begin).startswith(text) for text in token_ids)
+    return GrammarSpec("lark", source, continues_text=begins_with_token)
+
+
+def _schema_of(content: GrammarSpec) -> dict[str, Any] | bool:
+    """Return the schema of answers that call no tool. Raises RequestError if there is none."""
+    if content.kind == "json_object":
+        return {"type": "object"}
+    if content.kind != "json_schema":
+        raise RequestError(
+            f"response_format of kind {content.kind} leaves no room for calls of tools, nor for "
+            "the channels that some models answer on; use json_schema or no tools",
+            "response_format",
+        )
+    return check_schema(json.loads(content.source))
+
+
+def _check_tools(use: ToolUse) -> None:
+    """Raise RequestError for a schema that is to be enforced and cannot be."""
+    for tool in use.callable_tools:
+        if tool.strict or use.choice == "required":
+            place = use.tools.index(tool)
+            with renamed(f"tools[{place}].function.parameters"):
+                check_schema(deepcopy(dict(tool.schema)))
+
+
+@contextmanager
+def renamed(param: str) -> Iterator[None]:
+    """Let errors about a grammar name the field that it was made of."""
+    try:
+        yield
+    except RequestError as error:
+        message = str(error)
+        error.args = (f"{param}: {message}", *error.args[1:])
+        error.param = param
+        raise
+
+
+def template_variables(
+    model: ServedModel,
+    given: Mapping[str, Any] | None,
+    reasoning: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return what the model's template is given: chat_template_kwargs, and what was asked by name.
+
+    Raises RequestError where they differ.
+    """
+    for name, value in reasoning.items():
+        if given is not None and given.get(name, value) != value:
+            raise RequestError(
+                f"chat_template_kwargs sets {name} to {given[name]!r:.80}, another field of the "
+                f"request to {value!r}; give one of them",
+                f"chat_template_kwargs.{name}",
+            )
+    return {**(given or {}), **reasoning}

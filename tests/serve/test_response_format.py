@@ -1,0 +1,318 @@
+"""`response_format` over HTTP: what is asked for comes, and what is hostile is refused in time."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from served import MODEL, Served, served
+
+TIME_LIMIT_S = 2.0
+PERSON = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 8}, "age": {"enum": [7, 77]}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+CALL = {"begin": "<c=add>", "schema": PERSON, "end": "</c>"}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Served]:
+    with served(context=1024) as server:
+        yield server
+
+
+def ask(server: Served, response_format: Any, **fields: Any) -> Any:
+    body = {
+        "model": MODEL,
+        "messages": [{"role": "user", "content": "hello"}],
+        "max_tokens": 100,
+        "response_format": response_format,
+        **fields,
+    }
+    return server.client.post("/v1/chat/completions", json=body)
+
+
+def answer(server: Served, response_format: Any, **fields: Any) -> str:
+    response = ask(server, response_format, **fields)
+    assert response.status_code == 200, response.text
+    choice = response.json()["choices"][0]
+    assert choice["finish_reason"] == "stop", choice
+    text: str = choice["message"]["content"]
+    return text
+
+
+@pytest.mark.parametrize(
+    "response_format",
+    [
+        {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON}},
+        {
+            "type": "json_schema",
+            "json_schema": {"name": "p", "schema": PERSON, "strict": True, "description": "who"},
+        },
+        {"type": "json_object", "schema": json.dumps(PERSON)},
+        {"type": "json_object", "schema": PERSON},
+    ],
+)
+@pytest.mark.parametrize("fields", [{}, {"logprobs": True}, {"temperature": 2, "seed": 5}])
+def test_schemas(server: Served, response_format: Any, fields: dict[str, Any]) -> None:
+    value = json.loads(answer(server, response_format, **fields))
+    assert list(value) == ["name", "age"] and value["age"] in (7, 77)
+
+
+@pytest.mark.parametrize(
+    ("response_format", "pattern"),
+    [
+        ({"type": "text"}, None),
+        ({"type": "regex", "regex": r"[0-9]{3}-[ab]{2}"}, r"\d{3}-[ab]{2}"),
+        ({"type": "choice", "choice": ["maybe", "never"]}, "maybe|never"),
+        ({"type": "grammar", "grammar": 'start: "<" /[a-c]{4}/ ">"'}, "<[a-c]{4}>"),
+        ({"type": "grammar", "grammar": 'root ::= [xy] [xy] end\nend ::= "."'}, r"[xy]{2}\."),
+    ],
+)
+def test_other_formats(server: Served, response_format: Any, pattern: str | None) -> None:
+    if pattern is None:
+        assert ask(server, response_format).json()["choices"][0]["finish_reason"] == "length"
+    else:
+        text = answer(server, response_format, temperature=1.5, seed=2)
+        assert re.fullmatch(pattern, text), text
+
+
+def test_any_object(server: Served) -> None:
+    for seed in range(6):
+        choice = ask(server, {"type": "json_object"}, seed=seed).json()["choices"][0]
+        text = choice["message"]["content"]
+        if choice["finish_reason"] == "stop":
+            assert isinstance(json.loads(text), dict)
+        else:
+            assert text.startswith("{")
+
+
+def test_completions_and_streams(server: Served) -> None:
+    schema = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON}}
+    fields = {"max_tokens": 100, "response_format": schema, "seed": 4}
+    response = server.answer(["hell", "o"], n=2, **fields)
+    texts = [choice["text"] for choice in response.json()["choices"]]
+    assert len(texts) == 4 and all(json.loads(text)["age"] in (7, 77) for text in texts)
+
+    pieces = []
+    body = {"model": MODEL, "prompt": "hell", "stream": True, **fields}
+    with server.client.stream("POST", "/v1/completions", json=body) as stream:
+        for line in stream.iter_lines():
+            if line.startswith("data: {"):
+                pieces.append(json.loads(line[6:])["choices"][0]["text"])
+    assert "".join(pieces) == texts[0]
+
+
+def test_structural_tags_hold_where_their_trigger_came(server: Served) -> None:
+    tags = {"type": "structural_tag", "structures": [CALL], "triggers": ["<c="]}
+    # The likeliest letters are pushed aside so that the trigger comes at once.
+    ids = {text: server_token(text) for text in "<c="}
+    bias = {ids["<"]: 60}
+    text = ask(server, tags, max_tokens=60, logit_bias=bias).json()["choices"][0]["message"]
+    assert "<" in text["content"] and "<c=" not in text["content"].replace("<c=add>", "")
+
+
+def server_token(text: str) -> int:
+    from served import TOKENIZER
+
+    return TOKENIZER.encode(text)[0]
+
+
+@pytest.mark.parametrize(
+    ("response_format", "message", "param"),
+    [
+        ({"type": "xml"}, "xml", "response_format"),
+        ({}, "discriminator", "response_format"),
+        ({"type": "json_schema"}, "required", "response_format.json_schema"),
+        (
+            {"type": "json_schema", "json_schema": {"name": "a b", "schema": {}}},
+            "pattern",
+            "response_format.json_schema.name",
+        ),
+        (
+            {"type": "json_schema", "json_schema": {"name": "a"}},
+            "required",
+            "response_format.json_schema.schema",
+        ),
+        (
+            {"type": "json_schema", "json_schema": {"name": "a", "schema": {"not": {}}}},
+            "schema.not is a keyword that is not supported",
+            "response_format",
+        ),
+        ({"type": "json_object", "schema": "{"}, "not JSON", "response_format"),
+        ({"type": "regex", "regex": "(a"}, "cannot be used", "response_format"),
+        ({"type": "regex", "regex": r"(a)\1"}, "backreferences", "response_format"),
+        ({"type": "choice", "choice": []}, "at least 1", "response_format.choice"),
+        ({"type": "choice", "choice": ["a", ""]}, "at least 1", "response_format.choice[1]"),
+        ({"type": "grammar", "grammar": "start: nope"}, "cannot be used", "response_format"),
+        ({"type": "grammar", "grammar": "root ::= nope"}, "nope", "response_format"),
+        (
+            {"type": "structural_tag", "structures": [CALL], "triggers": ["<d="]},
+            "begins with no trigger",
+            "response_format",
+        ),
+        ({"type": "text", "regex": "a"}, "extra", "response_format.regex"),
+    ],
+)
+def test_what_is_wrong_is_said(
+    server: Served, response_format: Any, message: str, param: str
+) -> None:
+    response = ask(server, response_format)
+    error = response.json()["error"]
+    assert response.status_code == 400 and error["type"] == "invalid_request_error"
+    assert message.lower() in error["message"].lower(), error["message"]
+    assert error["param"] == param
+
+
+def nested(depth: int) -> str:
+    return '{"type": "array", "items": ' * depth + "{}" + "}" * depth
+
+
+def schema_format(schema: Any) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+
+
+def chain(count: int) -> dict[str, Any]:
+    links = {f"d{i}": {"anyOf": [{"$ref": f"#/$defs/d{i + 1}"}]} for i in range(count)}
+    return {"$defs": {**links, f"d{count}": {"type": "null"}}, "$ref": "#/$defs/d0"}
+
+
+HOSTILE: dict[str, Any] = {
+    "nested groups": {"type": "regex", "regex": "(" * 9000 + "a" + ")" * 9000},
+    "a loop of references": schema_format({"$ref": "#"}),
+    "a longer loop": schema_format(
+        {
+            "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"allOf": [{"$ref": "#/$defs/a"}]}},
+            "$ref": "#/$defs/a",
+        }
+    ),
+    "values without end": schema_format(
+        {"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}
+    ),
+    "a chain of references": schema_format(chain(3000)),
+    "products": schema_format(
+        {
+            "allOf": [
+                {"anyOf": [{"type": "string", "pattern": f"a{i}b{j}.*"} for i in range(20)]}
+                for j in range(12)
+            ]
+        }
+    ),
+    "a large divisor": schema_format({"type": "integer", "multipleOf": 999983}),
+    "many properties": schema_format(
+        {"type": "object", "properties": {f"p{i}": {} for i in range(9000)}}
+    ),
+    "a million values": schema_format({"enum": list(range(1_000_000))}),
+    "a million texts": {"type": "choice", "choice": ["a"] * 1_000_000},
+    "10,000 levels in a text": {"type": "json_object", "schema": nested(10_000)},
+    "rules to the power": {
+        "type": "grammar",
+        "grammar": "start: r0\n"
+        + "\n".join(f"r{i}: r{i + 1} r{i + 1}" for i in range(3000))
+        + '\nr3000: "a"',
+    },
+    "terms to the power": {
+        "type": "grammar",
+        "grammar": "start: T0\n"
+        + "\n".join(f"T{i}: T{i + 1} T{i + 1}" for i in range(90))
+        + '\nT90: "a"',
+    },
+    "nested brackets": {
+        "type": "grammar",
+        "grammar": "root ::= " + "(" * 9000 + '"a"' + ")" * 9000,
+    },
+}
+# Bodies that are read by the server before anything else may take longer than what this is about.
+LARGE = {"a million values", "a million texts"}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_formats_are_refused_while_others_go_on(server: Served, name: str) -> None:
+    """The other stream must get tokens while the refusal is on its way, however long that takes."""
+    arrived: list[float] = []
+    is_running, is_refused = threading.Event(), threading.Event()
+
+    def read() -> None:
+        body = {"model": MODEL, "prompt": "hello", "max_tokens": 900, "stream": True}
+        with server.client.stream("POST", "/v1/completions", json=body) as stream:
+            for line in stream.iter_lines():
+                if line.startswith("data: {"):
+                    arrived.append(time.monotonic())
+                    is_running.set()
+                if is_refused.is_set():
+                    return
+
+    server.runner.step_s = 0.005
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        assert is_running.wait(30)
+        content = json.dumps({"model": MODEL, "prompt": "a", "response_format": HOSTILE[name]})
+        start = time.monotonic()
+        response = server.client.post(
+            "/v1/completions", content=content, headers={"content-type": "application/json"}
+        )
+        end = time.monotonic()
+    finally:
+        is_refused.set()
+        reader.join(30)
+        server.runner.step_s = 0.0
+    error = response.json()["error"]
+    assert response.status_code == 400, response.text[:300]
+    assert error["param"].startswith("response_format") and len(error["message"]) < 600
+    during = [moment for moment in arrived if start < moment < end]
+    assert during or end - start < 0.5
+    if name not in LARGE:
+        # The limit on the work is half of this; the rest is what a busy machine may add.
+        assert end - start < TIME_LIMIT_S + 3
+    server.assert_works()
+
+
+@pytest.mark.parametrize(
+    "regex",
+    ["(a+)+b", "(a|aa|a*)*c", "((a{1,900}){1,900}){1,900}", "(.*a.{12}){9}(b|c.*){20}[^d]{3,900}"],
+)
+def test_expressions_that_take_others_for_ever_do_no_harm(server: Served, regex: str) -> None:
+    start = time.monotonic()
+    response = ask(server, {"type": "regex", "regex": regex}, max_tokens=30)
+    assert response.status_code in (200, 400)
+    assert time.monotonic() - start < TIME_LIMIT_S + 3
+    server.assert_works()
+
+
+def test_a_deep_body_is_refused(server: Served) -> None:
+    deep = '{"model": "fake", "prompt": "a", "response_format": {"type": "json_object", "schema": '
+    content = deep + nested(10_000) + "}}"
+    response = server.client.post(
+        "/v1/completions", content=content, headers={"content-type": "application/json"}
+    )
+    assert response.status_code == 400
+
+
+def test_a_refusal_is_remembered(server: Served) -> None:
+    hostile = schema_format({"type": "integer", "multipleOf": 999979})
+    assert ask(server, hostile).status_code == 400
+    cache = server.worker.engine.grammars
+    assert cache is not None
+    reads: list[Any] = []
+    read, cache._reader.read = cache._reader.read, lambda *key: reads.append(key)  # type: ignore
+    try:
+        assert ask(server, hostile).status_code == 400
+    finally:
+        cache._reader.read = read  # type: ignore[method-assign]
+    assert not reads
+
+
+def test_the_api_names_all_formats(server: Served) -> None:
+    schemas = server.client.get("/openapi.json").json()["components"]["schemas"]
+    mapping = json.dumps(schemas["ChatCompletionRequest"]["properties"]["response_format"])
+    for kind in ("text", "json_object", "json_schema", "grammar", "regex", "choice"):
+        assert f'"{kind}"' in mapping
+    assert "StructuralTagFormat" in schemas
