@@ -42,7 +42,7 @@ async def chat(
     The engine knows the request by `request_id`, or by the one the request itself names. Raises
     RequestError and its kinds, OptionError or TemplateError; cancelling it aborts the request.
     """
-    generation = await _start(model, request, request_id)
+    generation = await start_chat(model, request, request_id)
     count = request.num_choices
     texts: list[list[str]] = [[] for _ in range(count)]
     tokens: list[list[PlacedToken]] = [[] for _ in range(count)]
@@ -77,7 +77,7 @@ async def chat_stream(
     Raises as `chat` does; errors that come later are raised by the chunks. The first chunk comes
     with the first tokens. Leaving the chunks, or dropping them, aborts the request.
     """
-    generation = await _start(model, request, request_id)
+    generation = await start_chat(model, request, request_id)
     return _chunks(model, request, request_id, generation)
 
 
@@ -117,12 +117,21 @@ def _read_piece(
     return choices
 
 
-async def _start(model: ServedModel, request: ChatCompletionRequest, request_id: str) -> Generation:
+async def start_chat(
+    model: ServedModel, request: ChatCompletionRequest, request_id: str
+) -> Generation:
+    """Queue a conversation for its answers. Raises as `chat` does."""
     params = sampling_params(model, request, request.max_new_tokens, request.num_logprobs)
     # Templates run in another process and long texts take time: neither holds up the event loop.
     prompt = await asyncio.to_thread(_prompt_of, model, request)
     engine_id = request.request_id or request_id
     return await start_generation(model, request, engine_id, prompt, params, n=request.num_choices)
+
+
+async def count_prompt_tokens(model: ServedModel, request: ChatCompletionRequest) -> int:
+    """Return how many tokens the prompt of a conversation has. Raises as `chat` does."""
+    prompt = await asyncio.to_thread(_prompt_of, model, request)
+    return len(prompt)
 
 
 def _prompt_of(model: ServedModel, request: ChatCompletionRequest) -> list[int]:

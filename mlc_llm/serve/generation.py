@@ -58,6 +58,11 @@ class SequenceText:
         self._placed: list[tuple[PlacedToken, int]] = []
         self._unplaced: list[PlacedToken] = []  # parts of a character that is not complete
 
+    @property
+    def stop_string(self) -> str | None:
+        """The stop string that has ended the text."""
+        return self._stream.matched
+
     def take(self, outputs: Sequence[Output]) -> Piece:
         """Turn outputs that arrived together into one piece. Raises an output's error."""
         piece = Piece(self._index)

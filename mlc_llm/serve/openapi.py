@@ -6,13 +6,13 @@ Bodies are read and checked by `body.read_body`, not by FastAPI, so they are des
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import FastAPI
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from mlc_llm.serve.errors import ErrorResponse
+from mlc_llm.serve.errors import AnthropicErrorResponse, ErrorResponse
 
 _REF = "#/components/schemas/{model}"
 _MEANINGS = {
@@ -37,6 +37,7 @@ def describe(
     body: type[BaseModel] | None = None,
     *,
     chunk: type[BaseModel] | None = None,
+    api: Literal["openai", "responses", "anthropic"] = "openai",
     also: Iterable[int] = (),
     parameters: list[dict[str, Any]] | None = None,
     needs_key: bool = True,
@@ -44,8 +45,8 @@ def describe(
     """Return the `openapi_extra` of a route.
 
     success: the answer's type, or its media type where that is not JSON. chunk: what the events of
-    a stream are. also: further statuses. needs_key: whether an API key, if there is one, is asked
-    for.
+    a stream are. api: which decides how events and errors are written. also: further statuses.
+    needs_key: whether an API key, if there is one, is asked for.
     """
     content: dict[str, Any] = {}
     if isinstance(success, str):
@@ -54,15 +55,18 @@ def describe(
         content["application/json"] = {"schema": _reference(success)}
     if chunk is not None:
         text = f"Events `data: {{json}}`, each a {chunk.__name__}, then `data: [DONE]`."
+        if api != "openai":
+            text = f"Events `event: {{type}}` with `data: {{json}}`, each a {chunk.__name__}."
         content["text/event-stream"] = {"schema": {"type": "string", "description": text}}
     responses: dict[str, Any] = {"200": {"description": "Done.", "content": content}}
     statuses = {*(_WITH_BODY if body is not None else _ALWAYS), *also}
     if not needs_key:
         statuses.remove(401)
+    error = AnthropicErrorResponse if api == "anthropic" else ErrorResponse
     for status in sorted(statuses):
         responses[str(status)] = {
             "description": _MEANINGS[status],
-            "content": {"application/json": {"schema": _reference(ErrorResponse)}},
+            "content": {"application/json": {"schema": _reference(error)}},
         }
     described: dict[str, Any] = {"responses": responses}
     if body is not None:
@@ -94,15 +98,18 @@ def add_schemas(
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
             schema = make()
-            shown: list[type[BaseModel]] = [*answers, ErrorResponse]
+            shown: list[type[BaseModel]] = [*answers, ErrorResponse, AnthropicErrorResponse]
             kinds: list[tuple[type[BaseModel], Any]] = [(kind, "validation") for kind in bodies]
             kinds += [(kind, "serialization") for kind in shown]
             definitions = models_json_schema(kinds, ref_template=_REF)[1].get("$defs", {})
             components = schema.setdefault("components", {})
             components["schemas"] = definitions
             if has_key:
-                components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-                schema["security"] = [{"key": []}]
+                components["securitySchemes"] = {
+                    "key": {"type": "http", "scheme": "bearer"},
+                    "x_api_key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+                }
+                schema["security"] = [{"key": []}, {"x_api_key": []}]
             app.openapi_schema = schema
         return app.openapi_schema
 

@@ -17,6 +17,13 @@ from starlette.responses import Response
 import mlc_llm
 from mlc_llm.engine.exposition import prometheus_text
 from mlc_llm.errors import EngineStopped, RequestError
+from mlc_llm.serve.anthropic import (
+    MESSAGE_EVENTS,
+    MESSAGE_PREFIX,
+    answer,
+    answer_stream,
+    count_tokens,
+)
 from mlc_llm.serve.body import read_body
 from mlc_llm.serve.catalog import ModelCard, ModelList, ServedModels
 from mlc_llm.serve.chat import chat, chat_stream
@@ -25,6 +32,8 @@ from mlc_llm.serve.completions import complete, complete_stream
 from mlc_llm.serve.embeddings import EmbeddingRequest, EmbeddingResponse, embed
 from mlc_llm.serve.gate import Traffic
 from mlc_llm.serve.openapi import describe
+from mlc_llm.serve.protocol.anthropic import CountTokensRequest, MessagesRequest
+from mlc_llm.serve.protocol.anthropic_answer import AnthropicMessage, MessageEvent, TokenCount
 from mlc_llm.serve.protocol.chat import (
     ChatCompletion,
     ChatCompletionChunk,
@@ -32,6 +41,10 @@ from mlc_llm.serve.protocol.chat import (
 )
 from mlc_llm.serve.protocol.completions import Completion, CompletionRequest
 from mlc_llm.serve.protocol.generation import GenerationRequest
+from mlc_llm.serve.protocol.response_events import Response as ResponseAnswer
+from mlc_llm.serve.protocol.response_events import ResponseEvent
+from mlc_llm.serve.protocol.responses import ResponseRequest
+from mlc_llm.serve.responses import RESPONSE_EVENTS, RESPONSE_PREFIX, respond, respond_stream
 from mlc_llm.serve.sse import start_events, while_connected
 from mlc_llm.serve.tokenize import (
     DetokenizeRequest,
@@ -71,6 +84,9 @@ class ModelChoice(BaseModel):
 BODIES = (
     ChatCompletionRequest,
     CompletionRequest,
+    ResponseRequest,
+    MessagesRequest,
+    CountTokensRequest,
     EmbeddingRequest,
     TokenizeRequest,
     DetokenizeRequest,
@@ -80,6 +96,11 @@ ANSWERS = (
     ChatCompletion,
     ChatCompletionChunk,
     Completion,
+    ResponseAnswer,
+    ResponseEvent,
+    AnthropicMessage,
+    MessageEvent,
+    TokenCount,
     EmbeddingResponse,
     TokenizeResponse,
     DetokenizeResponse,
@@ -124,6 +145,12 @@ class Routes:
         add("POST", "/v1/chat/completions", self.chat_completions, answers)
         texts = describe(Completion, CompletionRequest, chunk=Completion)
         add("POST", "/v1/completions", self.completions, texts)
+        responses = describe(ResponseAnswer, ResponseRequest, chunk=ResponseEvent, api="responses")
+        add("POST", "/v1/responses", self.responses, responses)
+        messages = describe(AnthropicMessage, MessagesRequest, chunk=MessageEvent, api="anthropic")
+        add("POST", "/v1/messages", self.messages, messages)
+        count = describe(TokenCount, CountTokensRequest, api="anthropic")
+        add("POST", "/v1/messages/count_tokens", self.count_tokens, count)
         vectors = describe(EmbeddingResponse, EmbeddingRequest)
         add("POST", "/v1/embeddings", self.embeddings, vectors)
         add("GET", "/v1/models", self.list_models, describe(ModelList))
@@ -164,6 +191,32 @@ class Routes:
             chunks = complete_stream(model, body, _new_id())
             return await start_events(request, chunks, self._send_timeout_s)
         return _json(await while_connected(request.receive, complete(model, body, _new_id())))
+
+    async def responses(self, request: Request) -> Response:
+        """Respond to items of a conversation."""
+        body = await read_body(request, ResponseRequest)
+        model = self._models.find_chat(body.model)
+        request_id = RESPONSE_PREFIX + _new_id()
+        if body.stream:
+            events = respond_stream(model, body, request_id)
+            return await start_events(request, events, self._send_timeout_s, RESPONSE_EVENTS)
+        return _json(await while_connected(request.receive, respond(model, body, request_id)))
+
+    async def messages(self, request: Request) -> Response:
+        """Answer a conversation, in Anthropic's protocol."""
+        body = await read_body(request, MessagesRequest)
+        model = self._models.find_chat(body.model)
+        request_id = MESSAGE_PREFIX + _new_id()
+        if body.stream:
+            events = answer_stream(model, body, request_id)
+            return await start_events(request, events, self._send_timeout_s, MESSAGE_EVENTS)
+        return _json(await while_connected(request.receive, answer(model, body, request_id)))
+
+    async def count_tokens(self, request: Request) -> Response:
+        """Count the tokens of a conversation, in Anthropic's protocol."""
+        body = await read_body(request, CountTokensRequest)
+        model = self._models.find_chat(body.model)
+        return _json(await while_connected(request.receive, count_tokens(model, body)))
 
     def _check_debug(self, body: GenerationRequest) -> None:
         if body.debug_config is not None and not self._has_debug:
