@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import tvm
+import tvm_ffi
 from reference_cases import get_case
 from tvm import relax
 
@@ -25,6 +26,7 @@ MODELS = [
     ("mistral_sliding_window", "q3f16_1", True),
     ("qwen2_gqa", "q4bf16_0", True),
 ]
+ALLOC_TENSOR = tvm.ir.Op.get("relax.memory.alloc_tensor")
 BOUNDS = {"n": 32, "b": 4, "num_starts": 5, "r": 4}
 
 
@@ -135,3 +137,26 @@ def test_temporary_memory_follows_the_bounds() -> None:
     # 64 hidden and 64 + 64 feed-forward values of float32 a token are the least there can be.
     assert 32 * 64 * 4 < small < large
     assert large - small > (320 - 32) * (64 + 128) * 4
+
+
+@pytest.mark.parametrize(("name", "quantization", "is_int8"), MODELS)
+def test_views_of_planned_memory_are_made_once(name: str, quantization: str, is_int8: bool) -> None:
+    planned = run_phases(export(name, quantization, is_int8), "plan_memory")
+    views: list[Any] = []
+    num_kernels = 0
+
+    def visit(node: Any) -> None:
+        nonlocal num_kernels
+        if isinstance(node, relax.Call) and node.op.same_as(ALLOC_TENSOR):
+            views.append(node)
+        num_kernels += isinstance(node, relax.Call) and isinstance(node.op, tvm.ir.GlobalVar)
+
+    relax.analysis.post_order_visit(planned["forward"], visit)
+    repeated = [
+        view
+        for index, view in enumerate(views)
+        if any(tvm_ffi.structural_equal(view, earlier) for earlier in views[:index])
+    ]
+    # Layers repeat: there are as many views as in one, not as kernels in all.
+    assert not repeated
+    assert 0 < len(views) < num_kernels
