@@ -237,6 +237,46 @@ def _deepseek(case: dict[str, Any], config: Config, tensors: Tensors) -> tuple[C
     return fields, written
 
 
+def _qwen(case: dict[str, Any], config: Config, tensors: Tensors) -> tuple[Config, Tensors]:
+    fields = {
+        "architectures": ["QWenLMHeadModel"],
+        "model_type": "qwen",
+        "num_hidden_layers": config["num_hidden_layers"],
+        "max_position_embeddings": config["max_position_embeddings"],
+        "intermediate_size": 2 * config["intermediate_size"],
+        "kv_channels": config["hidden_size"] // config["num_attention_heads"],
+        "layer_norm_epsilon": config["rms_norm_eps"],
+        "rotary_emb_base": config["rope_parameters"]["rope_theta"],
+        "rotary_pct": 1.0,
+        "seq_length": config["max_position_embeddings"],
+        "no_bias": True,
+        "scale_attn_weights": True,
+        "tie_word_embeddings": False,
+        "use_dynamic_ntk": True,
+        "use_logn_attn": True,
+    }
+    names = {
+        "model.embed_tokens": "transformer.wte",
+        "model.layers": "transformer.h",
+        "model.norm": "transformer.ln_f",
+        "input_layernorm": "ln_1",
+        "post_attention_layernorm": "ln_2",
+        "self_attn.o_proj": "attn.c_proj",
+        "mlp.up_proj": "mlp.w1",
+        "mlp.gate_proj": "mlp.w2",
+        "mlp.down_proj": "mlp.c_proj",
+    }
+    written = {}
+    for name, tensor in tensors.items():
+        if ".q_proj." in name:
+            parts = [tensors[name.replace("q_proj", f"{part}_proj")] for part in "qkv"]
+            joined = name.replace("self_attn.q_proj", "attn.c_attn")
+            written[_replace(joined, names)] = np.concatenate(parts)
+        elif not re.search(r"\.[kv]_proj\.", name):
+            written[_replace(name, names)] = tensor
+    return fields, written
+
+
 def _llama4(case: dict[str, Any], config: Config, tensors: Tensors) -> tuple[Config, Tensors]:
     """Put the text part beside a model of images, whose tensors are of no use here."""
     written = {f"language_model.{name}": tensor for name, tensor in tensors.items()}
@@ -261,5 +301,6 @@ LAYOUTS: dict[str, Layout] = {
     "minicpm": _minicpm,
     "chatglm": _chatglm,
     "llama4": _llama4,
+    "qwen": _qwen,
     "deepseek": _deepseek,
 }

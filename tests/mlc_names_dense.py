@@ -44,6 +44,7 @@ _NAMES: dict[str, tuple[tuple[str, str], ...]] = {
     "nemotron": (_QKV,),
     "cohere": (_QKV, ("self_attn.o_proj", "self_attn.out_proj")),
     "starcoder2": _PACKED,
+    "qwen": (("mlp.w1", "mlp.gate_up_proj"),),
     "chatglm": (("embedding.word_embeddings", "embedding"),),
 }
 MODEL_TYPES = tuple(_NAMES)
@@ -52,6 +53,7 @@ _JOINED = {
     "self_attn.q_proj": ("self_attn.k_proj", "self_attn.v_proj"),
     "mlp.gate_proj": ("mlp.up_proj",),
     "feed_forward.w1": ("feed_forward.w3",),
+    "mlp.w1": ("mlp.w2",),
 }
 
 
@@ -104,6 +106,7 @@ _FIELDS = (
     *("query_pre_attn_scalar", "sliding_window", "clip_qkv", "logit_scale", "use_qk_norm"),
     *("scale_emb", "scale_depth", "dim_model_base", "max_position_embeddings", "kv_channels"),
     *("original_max_position_embeddings", "num_layers", "ffn_hidden_size", "layernorm_epsilon"),
+    *("layer_norm_epsilon", "rotary_emb_base", "scale_attn_weights", "no_bias"),
     *("multi_query_group_num", "add_qkv_bias", "add_bias_linear", "model_type"),
 )
 

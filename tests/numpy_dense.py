@@ -268,6 +268,11 @@ def _chatglm(model: Model, config: Config) -> None:
     model.ropes, model.is_interleaved = [rope] * model.layers, True
 
 
+def _qwen(model: Model, config: Config) -> None:
+    model.ropes = [{"rope_theta": config["rotary_emb_base"]}] * model.layers
+    model.epsilon = config["layer_norm_epsilon"]
+
+
 def _internlm(model: Model, config: Config) -> None:
     model.ropes = [{"rope_theta": config["rotary"]["base"]}] * model.layers
 
@@ -303,6 +308,7 @@ _DIFFERENCES: dict[str, Callable[[Model, Config], None]] = {
     "cohere": _cohere,
     "starcoder2": _set(norm="layer", activation=_gelu),
     "chatglm": _chatglm,
+    "qwen": _qwen,
 }
 
 

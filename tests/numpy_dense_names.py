@@ -107,10 +107,30 @@ def _starcoder2_names(config: Config, weights: dict[str, Array]) -> dict[str, Ar
     return _rename(weights, {"c_fc": "up_proj", "c_proj": "down_proj"})
 
 
+def _qwen_names(config: Config, weights: dict[str, Array]) -> dict[str, Array]:
+    weights = _rename(
+        weights,
+        {
+            "transformer.wte": "model.embed_tokens",
+            "transformer.ln_f": "model.norm",
+            "transformer.h": "model.layers",
+            "ln_1": "input_layernorm",
+            "ln_2": "post_attention_layernorm",
+            "attn.c_proj": "self_attn.o_proj",
+            "attn.c_attn": "self_attn.c_attn",
+            "mlp.w1": "mlp.up_proj",
+            "mlp.w2": "mlp.gate_proj",
+            "mlp.c_proj": "mlp.down_proj",
+        },
+    )
+    return _split_fused("c_attn")({**config, "head_dim": config["kv_channels"]}, weights)
+
+
 RENAMED: dict[str, Callable[[Config, dict[str, Array]], dict[str, Array]]] = {
     "phi3": _split_fused("qkv_proj", "gate_up_proj"),
     "baichuan": _split_fused("W_pack"),
     "internlm2": _internlm2_names,
     "chatglm": _chatglm_names,
     "starcoder2": _starcoder2_names,
+    "qwen": _qwen_names,
 }

@@ -73,6 +73,8 @@ FEATURES = [
     ),
     ("deepseek", {"norm_topk_prob": True}),
     ("deepseek", {"num_experts_per_tok": 2}),
+    ("qwen", {"rotary_emb_base": 10000.0}),
+    ("qwen", {"layer_norm_epsilon": 1e-2}),
     ("chatglm", {"rope_ratio": 1.0}),
 ]
 
@@ -118,6 +120,7 @@ def test_feature_shows_in_logits(name: str, edit: dict[str, Any]) -> None:
         ("nemotron", 5),
         ("starcoder2", 17),
         ("chatglm", 2),
+        ("qwen", 2),
     ],
 )
 def test_every_bias_shows_in_logits(name: str, count: int) -> None:

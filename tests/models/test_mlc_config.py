@@ -9,13 +9,14 @@ import pytest
 from mlc_names_dense import MODEL_TYPES, model_config
 from reference_cases import CASES, ReferenceCase
 
-from mlc_llm.errors import CorruptFile, UnsupportedModel
+from mlc_llm.errors import CorruptFile, OptionError, UnsupportedModel
 from mlc_llm.models.registry import find_family, get_family
 
 # Limits, and what only the checkpoint's configuration or our own artifacts say.
 LEFT_OUT = {
     *("context_window_size", "prefill_chunk_size", "sliding_window_size", "layer_types"),
     *("max_batch_size", "max_window_layers", "normalized_head", "rope_scaling"),
+    *("seq_length", "use_dynamic_ntk", "use_logn_attn"),
 }
 DENSE = [case for case in CASES if case.model_type in MODEL_TYPES]
 
@@ -90,6 +91,9 @@ def test_text_part_beside_a_model_of_images() -> None:
     [
         ("stablelm", {"qk_layernorm": True}, "qk_layernorm=True is not supported"),
         ("stablelm", {"use_parallel_residual": True}, "use_parallel_residual=True"),
+        ("qwen", {"no_bias": False}, "no_bias=False is not supported"),
+        ("qwen", {"scale_attn_weights": False}, "scale_attn_weights=False is not supported"),
+        ("qwen", {"intermediate_size": 81}, "81 is odd"),
         ("minicpm", {"num_experts": 8}, "num_experts is not supported"),
         ("chatglm", {"apply_residual_connection_post_layernorm": True}, "post_layernorm=True"),
     ],
@@ -100,6 +104,18 @@ def test_what_is_not_computed_is_refused(
     config = next(case for case in DENSE if case.model_type == model_type).config()
     with pytest.raises(UnsupportedModel, match=message):
         get_family(model_type).config_from_huggingface({**config, **fields})
+
+
+def test_qwen_ends_where_it_was_trained() -> None:
+    config = {**next(case for case in DENSE if case.name == "qwen").config()}
+    config.update(max_position_embeddings=256, seq_length=64, use_logn_attn=False)
+    family = get_family("qwen")
+    bounded = family.config_from_huggingface({**config, "use_dynamic_ntk": True})
+    assert bounded.context_window_size == 64
+    with pytest.raises(OptionError, match="beyond 64 tokens this model needs dynamic NTK"):
+        bounded.with_overrides({"context_window_size": 65})
+    free = family.config_from_huggingface({**config, "use_dynamic_ntk": False})
+    assert free.context_window_size == 256
 
 
 def test_layer_types_must_fit_the_layers() -> None:

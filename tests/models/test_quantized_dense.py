@@ -40,7 +40,7 @@ from mlc_llm.weights.shards import ShardWriter
 # experts that get a share.
 CASES = [
     *("gemma2", "gemma3_text", "phi3", "olmo2", "cohere_qk_norm", "nemotron", "minicpm"),
-    *("baichuan_alibi", "internlm2", "chatglm", "llama4_text"),
+    *("baichuan_alibi", "internlm2", "chatglm", "llama4_text", "qwen"),
 ]
 # Sums of the same float32 products in another order.
 SAME_WEIGHTS = 1e-5
