@@ -40,3 +40,11 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Any:
     if "PYTEST_XDIST_WORKER" in os.environ:
         base = base.parent  # all processes of this run have it
     return TinyModels(base / "tiny_models")
+
+
+@pytest.fixture(scope="session")
+def image_models(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The stored reference models that take images, converted and compiled at most once."""
+    from image_models import ImageModels
+
+    return ImageModels(tmp_path_factory.mktemp("image_models"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,11 @@ class ImageReference:
         """For each token of the chat the row of its images one after the other, -1 for text."""
         is_image = np.asarray(self.token_ids) == IMAGE_TOKEN_ID
         return np.where(is_image, np.cumsum(is_image) - 1, -1).astype(np.int32)
+
+
+def data_url(image: str) -> str:
+    """Return one of the images as clients send it."""
+    return "data:image/png;base64," + base64.b64encode((REFERENCES / image).read_bytes()).decode()
 
 
 def load_reference(name: str) -> ImageReference:

@@ -36,7 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     "runtime": BASE | {"images"},
     "engine": BASE | {"images", "text", "runtime"},
     "bench": BASE | {"runtime", "engine"},
-    "serve": BASE | {"text", "runtime", "engine"},
+    "serve": BASE | {"images", "text", "runtime", "engine"},
     # compiler half
     "kernels": BASE,
     "nn": BASE | {"kernels"},

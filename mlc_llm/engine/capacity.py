@@ -9,7 +9,9 @@ from dataclasses import dataclass
 
 from mlc_llm.artifact import KVCacheLayout, LibraryMetadata
 from mlc_llm.engine.config import DEFAULT_MEMORY_UTILIZATION, EngineConfig, Mode
+from mlc_llm.engine.images import MAX_HELD
 from mlc_llm.errors import DeviceError, OptionError
+from mlc_llm.images.inputs import ImageInputs
 
 # What `local` is content with, however much memory there is.
 _LOCAL_MAX_SEQUENCES = 4
@@ -190,9 +192,20 @@ def _states(config: EngineConfig, num_sequences: int, num_fitting: int) -> tuple
 
 
 def _workspace_bytes(metadata: LibraryMetadata, num_sequences: int) -> int:
-    """Return what a step takes beside weights and pages: temporary tensors and logits."""
+    """Return what a step takes beside weights and pages: temporary tensors, logits, images."""
+    # What one entry has taken is kept for its next call while another runs.
     steps = [size for name, size in metadata.memory_usage.items() if name != "pack_params"]
-    return max(steps, default=0) + num_sequences * metadata.vocab_size * _BYTES_PER_LOGIT
+    logits = num_sequences * metadata.vocab_size * _BYTES_PER_LOGIT
+    return sum(steps) + logits + _image_bytes(metadata)
+
+
+def _image_bytes(metadata: LibraryMetadata) -> int:
+    """Return what rows of images take: those kept, and those that a step brings, joined."""
+    images = ImageInputs.from_json(metadata.images)
+    if images is None:
+        return 0
+    joined = 2 * metadata.prefill_chunk_size * images.width * 4
+    return (MAX_HELD + 1) * images.size_bytes + joined
 
 
 def _total_tokens(

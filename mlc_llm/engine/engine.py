@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from mlc_llm.engine.grammar_cache import CompiledGrammar, GrammarCache
 from mlc_llm.engine.grammar_masks import MaskThreads
+from mlc_llm.engine.images import ImageRows
 from mlc_llm.engine.metrics import EngineLoad, EngineMetrics, RequestStats
 from mlc_llm.engine.prefix_cache import PrefixCache
 from mlc_llm.engine.request import FinishReason, Output, Request, TokenLogprobs
@@ -23,6 +24,7 @@ from mlc_llm.engine.state_cache import StateCache
 from mlc_llm.engine.step_budget import StepBudget
 from mlc_llm.engine.step_builder import StepBuilder
 from mlc_llm.errors import ContextTooLong, MlcError, RequestError, StepFailed
+from mlc_llm.images.inputs import ImageInputs
 from mlc_llm.runtime.pages import PagePool
 from mlc_llm.runtime.runner import ModelRunner
 
@@ -73,6 +75,8 @@ class Engine:
             self._state_cache = StateCache(
                 self._cache, page_size, self.max_num_sequence, num_snapshots
             )
+        images = ImageInputs.from_json(metadata.images)
+        self._images = None if images is None else ImageRows(runner, images)
         chunk = min(max_step_tokens or metadata.prefill_chunk_size, metadata.prefill_chunk_size)
         self._scheduler = Scheduler(
             self._pool,
@@ -83,6 +87,8 @@ class Engine:
             mixes_prompts=mixes_prompts,
             states=self._state_cache,
         )
+        if self._images is not None:
+            self._scheduler.limit_images = self._images.limit
         max_pages = -(-self.max_sequence_len // page_size)
         self._builder = StepBuilder(self.max_num_sequence, max_pages, page_size)
         self._budget = StepBudget(chunk)
@@ -92,6 +98,7 @@ class Engine:
         self._states: dict[str, RequestState] = {}
         self._arrivals = 0
         self._num_failures = 0
+        self._image_s = 0.0  # of the last step, for reading an image
         self._ready: list[Output] = []
 
     @property
@@ -124,6 +131,10 @@ class Engine:
         if request.n < 1:
             raise RequestError(f"n must be at least 1, is {request.n}", "n")
         request.params.check_vocabulary(self.vocab_size)
+        if self._images is not None:
+            self._images.check(request)
+        elif request.images:
+            raise RequestError("this model takes no images; send text only", "messages")
         if request.grammar is not None and self.grammars is None:
             raise RequestError("this engine was made without grammars", "response_format")
 
@@ -194,7 +205,8 @@ class Engine:
         now = time.perf_counter()
         for (sequence, _), choice in zip(rows, sampled, strict=True):
             self._accept(sequence, choice, now, outputs)
-        self._budget.record(plan.num_decode_tokens, plan.num_prompt_tokens, now - start)
+        work_s = now - start - self._image_s
+        self._budget.record(plan.num_decode_tokens, plan.num_prompt_tokens, work_s)
         self.metrics.note_step(
             time.perf_counter() - start,
             forward_s + self._sampler.library_s,
@@ -234,6 +246,9 @@ class Engine:
         """Return the logits of all rows that the plan wants, and the seconds they took."""
         step = self._builder.build(plan.works)
         start = time.perf_counter()
+        if self._images is not None:
+            step = self._images.place(step, plan.works, self._scheduler.running)
+            self._image_s = time.perf_counter() - start
         if plan.copies:
             sources, targets = zip(*plan.copies, strict=True)
             self._runner.copy_pages(sources, targets)

@@ -8,13 +8,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mlc_llm.artifact import ChatConfig, LibraryMetadata, read_chat_config
+from mlc_llm.artifact import CHAT_CONFIG_NAME, ChatConfig, LibraryMetadata, read_chat_config
 from mlc_llm.device import free_memory_bytes, parse_device
 from mlc_llm.engine.capacity import MemoryPlan, plan_memory
 from mlc_llm.engine.config import EngineConfig
 from mlc_llm.engine.engine import Engine
 from mlc_llm.engine.grammar_cache import GrammarCache
-from mlc_llm.errors import LibraryMismatch, OptionError, UnsupportedModel
+from mlc_llm.errors import CorruptFile, LibraryMismatch, OptionError, UnsupportedModel
+from mlc_llm.images.inputs import ImageInputs
+from mlc_llm.images.processing import ImageProcessing
+from mlc_llm.images.reader import ImageReader
 from mlc_llm.runtime.library import load_library
 from mlc_llm.text.grammars.vocabulary import GrammarVocabulary
 from mlc_llm.text.prompt import PromptBuilder, load_template
@@ -85,7 +88,8 @@ def open_model(
     loaded = load_library(library)
     metadata = loaded.metadata
     check_library(metadata, config, overrides or {}, str(library))
-    prompts = PromptBuilder.load(artifact, config, tokenizer, template)
+    images = _image_reader(metadata, config, tokenizer, artifact)
+    prompts = PromptBuilder.load(artifact, config, tokenizer, template, images)
     free_bytes = free_memory_bytes()
     parameters = load_parameters(artifact, loaded, progress)
     weights_bytes = sum(array.nbytes for array in parameters)
@@ -106,6 +110,29 @@ def open_model(
         ),
     )
     return OpenModel(config, tokenizer, prompts, engine, plan)
+
+
+def _image_reader(
+    metadata: LibraryMetadata, config: ChatConfig, tokenizer: Tokenizer, artifact: Path
+) -> ImageReader | None:
+    """Return what reads images for a model, None for one that takes none. Raises CorruptFile."""
+    inputs = ImageInputs.from_json(metadata.images)
+    if inputs is None:
+        return None
+    token = tokenizer.id_to_token(inputs.token_id)
+    if token is None:
+        raise CorruptFile(
+            f"{artifact} has no token {inputs.token_id}, which stands for images; the tokenizer "
+            "belongs to another model"
+        )
+    given = config.model_config.get("image_processing")
+    where = str(artifact / CHAT_CONFIG_NAME)
+    processing = (
+        ImageProcessing.usual(inputs.size)
+        if given is None
+        else ImageProcessing.from_json(given, inputs.size, where)
+    )
+    return ImageReader(inputs, processing, token)
 
 
 def check_library(

@@ -10,6 +10,7 @@ from mlc_llm.engine.grammar import GrammarSpec
 from mlc_llm.engine.metrics import RequestStats
 from mlc_llm.engine.sampling import SamplingParams
 from mlc_llm.errors import MlcError
+from mlc_llm.images.inputs import PromptImage
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -21,8 +22,9 @@ class Request:
     prompt: at least one token id. stop_token_ids end a sequence and are not part of its output.
     priority: lower ones are served first, equal ones in order of arrival. cache_salt: only
     requests with the same salt share cached prompt pages. prompt_logprobs: number of likeliest
-    tokens to report at each place of the prompt (0 for the prompt's own token alone). grammar: what
-    the text of each sequence must match; a sequence whose grammar ends has met a stop.
+    tokens to report at each place of the prompt (0 for the prompt's own token alone). images: in
+    the order of their places, which the prompt fills with the model's token for images. grammar:
+    what the text of each sequence must match; a sequence whose grammar ends has met a stop.
     """
 
     request_id: str
@@ -34,6 +36,7 @@ class Request:
     cache_salt: str = ""
     prompt_logprobs: int | None = None
     grammar: GrammarSpec | None = None
+    images: tuple[PromptImage, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,8 @@ class Scheduler:
         self._max_step_rows = max_step_rows
         self._mixes_prompts = mixes_prompts
         self._is_prompts_turn = True
+        # How many tokens of a prompt with images may join a step, see `ImageRows.limit`.
+        self.limit_images: Callable[[list[Work], Sequence, int], int] = lambda _, __, count: count
         self.waiting: list[Sequence] = []  # both in the order of service
         self.running: list[Sequence] = []
 
@@ -122,8 +124,8 @@ class Scheduler:
             if start + size > sequence.num_computed or self._cache is None:
                 break
             page = sequence.pages[sequence.num_cached_pages]
-            tokens = sequence.tokens[start : start + size]
-            sequence.node = self._cache.insert(sequence.node, tokens, page)
+            keys = sequence.cache_keys(start, start + size)
+            sequence.node = self._cache.insert(sequence.node, keys, page)
             sequence.num_cached_pages += 1
         if self._states is not None:
             self._states.commit(sequence)
@@ -164,6 +166,10 @@ class Scheduler:
             return 0
         if self._states is not None:
             count = self._states.limit(sequence, count)
+        if sequence.state.request.images:
+            count = self.limit_images(plan.works, sequence, count)
+            if count == 0:
+                return 0
         # Where others work, a prompt waits for their pages; alone it must go on.
         while not self._grow(sequence, count, plan):
             if plan.works or self.running[-1] is sequence:
@@ -189,7 +195,8 @@ class Scheduler:
                 node = self._cache.root(salt)
             else:
                 # The last token is computed in any case: its logits choose the next one.
-                pages, node = self._cache.match(sequence.tokens[:-1], salt)
+                keys = sequence.cache_keys(0, len(sequence.tokens) - 1)
+                pages, node = self._cache.match(keys, salt)
                 num_known = len(pages)
                 if self._states is not None:
                     pages, node = self._states.usable(pages, node)

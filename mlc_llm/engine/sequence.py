@@ -59,6 +59,19 @@ class Sequence:
     snapshot: PrefixNode | None = None
     is_finished: bool = False
 
+    def cache_keys(self, start: int, end: int) -> list[int]:
+        """Return what the prefix cache knows the tokens `start .. end` by.
+
+        In place of an image's tokens, which are all the same, stands a number that only equal
+        images have.
+        """
+        keys = self.tokens[start:end]
+        for image in self.state.request.images:
+            low, high = max(image.first, start), min(image.end, end)
+            if low < high:
+                keys[low - start : high - start] = [image.key] * (high - low)
+        return keys
+
     @property
     def num_left(self) -> int:
         """Tokens without K and V yet."""

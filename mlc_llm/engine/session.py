@@ -14,6 +14,7 @@ from mlc_llm.engine.open import open_model
 from mlc_llm.engine.request import Request
 from mlc_llm.engine.sampling import SamplingParams
 from mlc_llm.errors import RequestError
+from mlc_llm.images.inputs import PromptImage
 from mlc_llm.text.prompt import PromptBuilder
 from mlc_llm.text.stop import StopFilter
 from mlc_llm.text.tokenizer import Tokenizer
@@ -73,10 +74,10 @@ class ChatSession:
 
         Raises ContextTooLong, TemplateError or RequestError, before the first piece.
         """
-        token_ids = self._prompts.token_ids(messages)
+        prompt = self._prompts.build(messages)
         stream = self.tokenizer.stream()
         stops = StopFilter([*self._prompts.stop_strings, *params.stop])
-        tokens = self.generate(token_ids, params)
+        tokens = self.generate(prompt.token_ids, params, prompt.images)
         try:
             for token in tokens:
                 if text := stops.put(stream.put(token)):
@@ -90,7 +91,10 @@ class ChatSession:
             tokens.close()
 
     def generate(
-        self, token_ids: Sequence[int], params: SamplingParams
+        self,
+        token_ids: Sequence[int],
+        params: SamplingParams,
+        images: tuple[PromptImage, ...] = (),
     ) -> Generator[int, None, None]:
         """Continue tokens; stop tokens end the iteration and are not part of it.
 
@@ -98,7 +102,11 @@ class ChatSession:
         """
         stops = frozenset() if params.ignore_eos else self._prompts.stop_token_ids
         request = Request(
-            f"chat-{self._num_requests + 1}", list(token_ids), params, stop_token_ids=stops
+            f"chat-{self._num_requests + 1}",
+            list(token_ids),
+            params,
+            stop_token_ids=stops,
+            images=images,
         )
         self._engine.check(request)
         return self._generate(request)

@@ -11,6 +11,7 @@ from tvm.relax.frontend import nn
 
 from mlc_llm.errors import CorruptFile, UnsupportedModel
 from mlc_llm.images.inputs import ImageInputs
+from mlc_llm.images.processing import PROCESSOR_KEY, ImageProcessing
 from mlc_llm.models import llama
 from mlc_llm.models.base import DecoderLM, Family
 from mlc_llm.models.clip import ClipConfig, ClipTower
@@ -40,7 +41,7 @@ class LlavaConfig(LlamaConfig):
 
     vision_feature_layer: which hidden states of the tower are taken, counted from 0, before the
     first layer, or from the end, -1 being those after the last. With the strategy "default" the
-    class token is left out, with "full" it is a row too.
+    class token is left out, with "full" it is a row too. image_processing: see `ImageProcessing`.
     """
 
     DEFAULTS: ClassVar[Mapping[str, Any]] = {
@@ -58,6 +59,7 @@ class LlavaConfig(LlamaConfig):
     vision_feature_select_strategy: str = "default"
     projector_hidden_act: str = "gelu"
     multimodal_projector_bias: bool = True
+    image_processing: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -121,15 +123,22 @@ class LlavaConfig(LlamaConfig):
                 f"vision_feature_layer {layer!r:.80} is not supported; it must be one layer"
             )
         token = config.get("image_token_index", config.get("image_token_id"))
+        tower = config.get("vision_config") or _USUAL_TOWER
+        processing = None
+        if (settings := config.get(PROCESSOR_KEY)) is not None:
+            size = ClipConfig.read(tower, _USUAL_TOWER).image_size
+            found = ImageProcessing.from_huggingface(settings, size, "preprocessor_config.json")
+            processing = found.to_json()
         return {
             **super().huggingface_fields(config),
-            "vision_config": dict(config.get("vision_config") or _USUAL_TOWER),
+            "vision_config": dict(tower),
             "image_token_index": 32000 if token is None else token,
             "vision_feature_layer": layer,
             "vision_feature_select_strategy": config.get("vision_feature_select_strategy")
             or "default",
             "projector_hidden_act": config.get("projector_hidden_act") or "gelu",
             "multimodal_projector_bias": config.get("multimodal_projector_bias", True),
+            "image_processing": processing,
         }
 
     def to_json(self) -> dict[str, Any]:

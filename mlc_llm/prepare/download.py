@@ -59,6 +59,7 @@ _TOKENIZER_FILES = (
 )
 _INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _SENTENCE_FILES = (MODULES_NAME, LIMITS_NAME)
+_IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
 _SENTENCE_MODULE = re.compile(r"[0-9]_[A-Za-z]+/config\.json")
 _NUM_CONNECTIONS = 4
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
@@ -253,7 +254,8 @@ def select_files(names: Collection[str], ref: RepoRef) -> list[str]:
         return _matching(top, names_of_artifact + _TOKENIZER_FILES)
     weights = _matching(top, ("model*.safetensors",)) or _matching(top, ("pytorch_model*.bin",))
     if "config.json" in top and weights:
-        configs = ("config.json", "generation_config.json", *_INDEX_FILES, *_SENTENCE_FILES)
+        configs: tuple[str, ...] = ("config.json", "generation_config.json", *_INDEX_FILES)
+        configs += (*_SENTENCE_FILES, *_IMAGE_FILES)
         pooling = sorted(name for name in names if _SENTENCE_MODULE.fullmatch(name))
         return _matching(top, configs + _TOKENIZER_FILES) + pooling + weights
     if len(ggufs) == 1 and ggufs[0] in top:

@@ -7,13 +7,17 @@ import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mlc_llm.artifact import CHAT_CONFIG_NAME, ChatConfig, read_json_object, write_atomically
 from mlc_llm.errors import ModelNotFound, OptionError
+from mlc_llm.images.processing import PROCESSOR_KEY
 from mlc_llm.prepare.demo import DEMO_FILE, DEMO_SAMPLING
 from mlc_llm.prepare.layer_formats import read_layer_formats
 from mlc_llm.prepare.sentence_transformers import read_sentence_settings
+
+# How images are prepared, in repositories of models that take some.
+PREPROCESSOR_NAME, PROCESSOR_NAME = "preprocessor_config.json", "processor_config.json"
 
 if TYPE_CHECKING:
     from mlc_llm.models.base import Family
@@ -90,6 +94,7 @@ def read_model(config_path: Path, model_type: str = "auto") -> tuple[Family, Dec
     settings = None
     if origin.is_dir():
         config = read_json_object(origin / "config.json")
+        config.update(_image_settings(origin))
         settings = read_sentence_settings(origin)
     else:
         with contextlib.closing(open_source(origin)) as weights:
@@ -100,6 +105,19 @@ def read_model(config_path: Path, model_type: str = "auto") -> tuple[Family, Dec
     if max_len is not None and max_len < model_config.context_window_size:
         model_config = model_config.with_overrides({"context_window_size": max_len})
     return family, model_config
+
+
+def _image_settings(directory: Path) -> dict[str, Any]:
+    """Return how images are prepared for a model, under a key for its configuration, if files say.
+
+    Raises CorruptFile.
+    """
+    path = directory / PREPROCESSOR_NAME
+    if path.is_file():
+        return {PROCESSOR_KEY: read_json_object(path)}
+    path = directory / PROCESSOR_NAME  # of transformers 5, with settings of other parts
+    found = read_json_object(path).get("image_processor") if path.is_file() else None
+    return {PROCESSOR_KEY: found} if isinstance(found, dict) else {}
 
 
 def read_compile_config(

@@ -30,6 +30,7 @@ from mlc_llm.serve.protocol.chat import (
 )
 from mlc_llm.serve.protocol.messages import template_messages
 from mlc_llm.serve.protocol.usage import Usage
+from mlc_llm.text.prompt import Prompt
 
 _ID_PREFIX = "chatcmpl-"
 
@@ -125,7 +126,15 @@ async def start_chat(
     # Templates run in another process and long texts take time: neither holds up the event loop.
     prompt = await asyncio.to_thread(_prompt_of, model, request)
     engine_id = request.request_id or request_id
-    return await start_generation(model, request, engine_id, prompt, params, n=request.num_choices)
+    return await start_generation(
+        model,
+        request,
+        engine_id,
+        prompt.token_ids,
+        params,
+        n=request.num_choices,
+        images=prompt.images,
+    )
 
 
 async def count_prompt_tokens(model: ServedModel, request: ChatCompletionRequest) -> int:
@@ -134,8 +143,8 @@ async def count_prompt_tokens(model: ServedModel, request: ChatCompletionRequest
     return len(prompt)
 
 
-def _prompt_of(model: ServedModel, request: ChatCompletionRequest) -> list[int]:
-    return model.prompts.token_ids(
+def _prompt_of(model: ServedModel, request: ChatCompletionRequest) -> Prompt:
+    return model.prompts.build(
         template_messages(request.messages),
         variables=request.chat_template_kwargs,
         add_generation_prompt=request.add_generation_prompt is not False,

@@ -16,6 +16,8 @@ from mlc_llm.engine.request import Output, Request, TokenLogprobs
 from mlc_llm.engine.sampling import SamplingParams
 from mlc_llm.engine.stream import RequestStream
 from mlc_llm.errors import RequestError
+from mlc_llm.images.inputs import PromptImage
+from mlc_llm.serve.answer_plan import AnswerPlan
 from mlc_llm.serve.model import ServedModel
 from mlc_llm.serve.protocol.generation import GenerationRequest
 from mlc_llm.serve.response_format import grammar_of
@@ -205,6 +207,7 @@ async def start_generation(
             priority=request.priority or 0,
             cache_salt=request.cache_salt or "",
             prompt_logprobs=prompt_logprobs,
+    images: tuple[PromptImage, ...] = (),
             grammar=grammar and replace(grammar, continues_text=continues_text),
         ),
         model.timeout_s,
@@ -241,6 +244,7 @@ def sampling_params(
         ignore_eos=request.ignores_eos,
     )
 
+            images=images,
 
 async def merge_pieces(
     generations: Sequence[Generation],

@@ -7,12 +7,16 @@ long a prompt may be, nor how tokens are made.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mlc_llm.artifact import CHAT_CONFIG_NAME, CHAT_TEMPLATE_NAME, ChatConfig
-from mlc_llm.errors import CorruptFile, RequestError
+from mlc_llm.errors import CorruptFile, RequestError, TemplateError
+from mlc_llm.images.inputs import PromptImage
+from mlc_llm.images.reader import ImageReader
 from mlc_llm.text.chat_template import ChatTemplate, find_chat_template
+from mlc_llm.text.content import CheckedMessage, read_messages
 from mlc_llm.text.conversation import Conversation
 from mlc_llm.text.settings import read_settings, special_tokens_of
 from mlc_llm.text.tokenizer import Tokenizer
@@ -21,6 +25,18 @@ from mlc_llm.text.tokenizer import Tokenizer
 _RESERVED_VARIABLES = frozenset(
     ["messages", "tools", "documents", "add_generation_prompt", "chat_template", "self"]
 )
+
+
+# What tells whether a template goes through the parts of a content.
+_PROBE = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "probe"}]}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The token ids of a prompt, and the images whose rows stand in place of some of them."""
+
+    token_ids: list[int]
+    images: tuple[PromptImage, ...] = ()
 
 
 class PromptBuilder:
@@ -33,14 +49,20 @@ class PromptBuilder:
         template: ChatTemplate | None,
         eos_token_ids: Sequence[int],
         vocab_size: int,
+        images: ImageReader | None = None,
     ) -> None:
-        """Keep the parts; owns `template`. With one, `conversation` only tells how answers end."""
+        """Keep the parts; owns `template`. With one, `conversation` only tells how answers end.
+
+        images: for models that take images, what reads them.
+        """
         self.stop_token_ids = frozenset([*conversation.stop_token_ids, *eos_token_ids])
         self.stop_strings = [text for text in conversation.stop_str if text]
         self._tokenizer = tokenizer
         self._conversation = conversation
         self._template = template
         self._vocab_size = vocab_size
+        self._images = images
+        self._takes_parts: bool | None = None  # not known yet
 
     @classmethod
     def load(
@@ -49,6 +71,7 @@ class PromptBuilder:
         config: ChatConfig,
         tokenizer: Tokenizer,
         template: ChatTemplate | None = None,
+        images: ImageReader | None = None,
     ) -> PromptBuilder:
         """Read what the artifact says of prompts; `template` is what `load_template` returned.
 
@@ -63,38 +86,47 @@ class PromptBuilder:
         if template is None:
             template = load_template(directory, config)
         eos_token_ids = _read_ids(config.eos_token_id, where)
-        return cls(tokenizer, conversation, template, eos_token_ids, config.vocab_size)
+        return cls(tokenizer, conversation, template, eos_token_ids, config.vocab_size, images)
 
-    def token_ids(
+    def token_ids(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
+        """Return the ids of a prompt, see `build`."""
+        return self.build(messages, **options).token_ids
+
+    def build(
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
         variables: Mapping[str, Any] | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
-    ) -> list[int]:
-        """Return the ids of the prompt that asks for an answer to the messages.
+    ) -> Prompt:
+        """Return the prompt that asks for an answer to the messages.
 
-        A message has a `role` and a `content`: text, or a list of parts of type "text". variables
-        are given to the model's Jinja template. Without add_generation_prompt the prompt ends with
-        the last message; with continue_final_message it ends inside that one, the assistant's.
+        A message has a `role` and a `content`: text, or a list of parts of type "text" and, for
+        models that take images, "image_url". variables are given to the model's Jinja template.
+        Without add_generation_prompt the prompt ends with the last message; with
+        continue_final_message it ends inside that one, the assistant's.
         Raises RequestError for other messages, and for options the model's template has no place
         for; TemplateError where it fails.
         """
-        checked = check_messages(messages)
+        token = None if self._images is None else self._images.token
+        checked = read_messages(messages, token)
         if self._template is not None:
             # A Jinja template writes the BOS token itself where the model wants one.
             _check_variables(variables or {})
             text = self._template.render(
-                checked,
+                self._template_messages(checked),
                 add_generation_prompt=add_generation_prompt and not continue_final_message,
                 **(variables or {}),
             )
             if continue_final_message:
-                text = _cut_after_content(text, checked[-1])
-            ids = self._tokenizer.encode(text)
+                text = _cut_after_content(text, checked[-1].with_text())
+            # Templates of models with images leave it to the tokenizer.
+            bos, sees = self._tokenizer.bos_token, self._images is not None
+            ids = self._tokenizer.encode(text, sees and not (bos and text.startswith(bos)))
         else:
-            _refuse_other_fields(checked, self._conversation.name)
+            plain = [message.with_text(token or "") for message in checked]
+            _refuse_other_fields(plain, self._conversation.name)
             for name, is_given in (
                 ("chat_template_kwargs", bool(variables)),
                 ("add_generation_prompt", not add_generation_prompt),
@@ -106,14 +138,56 @@ class PromptBuilder:
                         f"{self._conversation.name!r}",
                         name,
                     )
-            text = self._conversation.render(checked)
+            text = self._conversation.render(plain)
             ids = self._conversation.system_prefix_token_ids + self._tokenizer.encode(text)
         if ids and max(ids) >= self._vocab_size:
             raise RequestError(
                 f"the prompt has token id {max(ids)}, the model has {self._vocab_size:,} tokens: "
                 "its tokenizer or conversation template belongs to another model; convert it again"
             )
-        return ids
+        return Prompt(ids) if self._images is None else self._with_images(ids, checked)
+
+    def _template_messages(self, checked: Sequence[CheckedMessage]) -> list[dict[str, Any]]:
+        """Return the messages in the form that the template goes through."""
+        if self._images is None:
+            return [message.with_text() for message in checked]
+        if self._takes_parts is None:
+            self._takes_parts = self._finds_parts(self._images.token)
+        if self._takes_parts:
+            return [message.with_parts() for message in checked]
+        return [message.with_text(self._images.token) for message in checked]
+
+    def _finds_parts(self, image_token: str) -> bool:
+        """Return whether the template writes the parts of a content, or takes it for a text."""
+        assert self._template is not None
+        try:
+            text = self._template.render([_PROBE])
+        except TemplateError:
+            return False
+        return image_token in text and "probe" in text
+
+    def _with_images(self, ids: list[int], checked: Sequence[CheckedMessage]) -> Prompt:
+        """Return the prompt with a token for each row of each image."""
+        assert self._images is not None
+        inputs = self._images.inputs
+        parts = [part for message in checked for part in message.images]
+        if (found := ids.count(inputs.token_id)) != len(parts):
+            raise TemplateError(
+                f"the model's chat template has {found} places for the {len(parts)} images of the "
+                "messages; use a named template instead: `mlc_llm gen_config --conv-template NAME`"
+            )
+        waiting = iter(parts)
+        whole: list[int] = []
+        images: list[PromptImage] = []
+        for token_id in ids:
+            if token_id == inputs.token_id:
+                part = next(waiting)
+                pixels = self._images.read(part.url, part.where)
+                images.append(PromptImage(pixels, len(whole), inputs.num_rows))
+                whole += [token_id] * inputs.num_rows
+            else:
+                whole.append(token_id)
+        return Prompt(whole, tuple(images))
 
     def close(self) -> None:
         """End the template's process."""
@@ -132,44 +206,6 @@ def load_template(directory: Path, config: ChatConfig) -> ChatTemplate | None:
     settings = read_settings(directory)
     source = find_chat_template(directory, settings)
     return None if source is None else ChatTemplate(source, special_tokens_of(settings))
-
-
-def check_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the messages with all contents as text. Raises RequestError naming the bad one."""
-    if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
-        raise RequestError(f"messages must be a list, not {type(messages).__name__}")
-    if not messages:
-        raise RequestError("there are no messages; send at least one")
-    checked = []
-    for number, message in enumerate(messages):
-        if not isinstance(message, Mapping):
-            raise RequestError(f"message {number} must be an object, not {message!r:.80}")
-        role = message.get("role")
-        if not isinstance(role, str) or not role:
-            raise RequestError(f"message {number} has role {role!r:.80}; it must be a text")
-        text = _read_content(message.get("content"), number)
-        checked.append({**message, "role": role, "content": text})
-    return checked
-
-
-def _read_content(content: Any, number: int) -> str:
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise RequestError(
-            f"message {number} has content {content!r:.80}; it must be a text or a list of parts"
-        )
-    texts = []
-    for part in content:
-        kind = part.get("type") if isinstance(part, Mapping) else None
-        text = part.get("text") if isinstance(part, Mapping) else None
-        if kind != "text" or not isinstance(text, str):
-            raise RequestError(
-                f"message {number} has a part of type {kind!r:.80}; this model takes parts "
-                '{"type": "text", "text": "..."} only'
-            )
-        texts.append(text)
-    return "".join(texts)
 
 
 def _refuse_other_fields(messages: Sequence[Mapping[str, Any]], name: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -17,11 +16,6 @@ from mlc_llm.runtime.pages import PagePool
 pytestmark = pytest.mark.cpu
 
 PROMISED, MEASURED = 1e-4, 1e-5
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ImageModels]:
-    yield ImageModels(tmp_path_factory.mktemp("image_models"))
 
 
 def run(
@@ -45,8 +39,8 @@ def new_sequence() -> PagedSequence:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_rows_of_images_equal_the_reference(models: ImageModels, name: str) -> None:
-    runner, reference = models.image_runner(name), load_reference(name)
+def test_rows_of_images_equal_the_reference(image_models: ImageModels, name: str) -> None:
+    runner, reference = image_models.image_runner(name), load_reference(name)
     for image in IMAGES:
         found = runner.embed_image(reference.pixels[image])
         assert relative_error(found, reference.rows[image]) < MEASURED
@@ -55,8 +49,8 @@ def test_rows_of_images_equal_the_reference(models: ImageModels, name: str) -> N
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_logits_equal_the_reference(models: ImageModels, name: str) -> None:
-    runner, reference = models.image_runner(name), load_reference(name)
+def test_logits_equal_the_reference(image_models: ImageModels, name: str) -> None:
+    runner, reference = image_models.image_runner(name), load_reference(name)
     whole = run(runner, reference, new_sequence(), len(reference.token_ids))
     assert relative_error(whole, reference.logits) < PROMISED
     assert relative_error(whole, reference.logits) < MEASURED
@@ -66,8 +60,8 @@ def test_logits_equal_the_reference(models: ImageModels, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_greedy_tokens_equal_the_reference(models: ImageModels, name: str) -> None:
-    runner, reference = models.image_runner(name), load_reference(name)
+def test_greedy_tokens_equal_the_reference(image_models: ImageModels, name: str) -> None:
+    runner, reference = image_models.image_runner(name), load_reference(name)
     sequence = new_sequence()
     logits = run(runner, reference, sequence, len(reference.token_ids))
     found = [int(logits[-1].argmax())]

@@ -170,7 +170,7 @@ def test_other_fields_are_refused_by_name(fields: dict[str, Any]) -> None:
         ([{"role": "user", "content": []}], "messages[0].content"),
         ([{"role": "assistant", "content": None}], "messages[0].content"),
         ([{"role": "user", "content": "a", "colour": 1}], "messages[0].colour"),
-        ([*MESSAGES, {"role": "user", "content": [{"type": "image_url", "image_url": {}}]}],
+        ([*MESSAGES, {"role": "user", "content": [{"type": "video_url", "video_url": {}}]}],
          "messages[1].content[0].type"),
         ([{"role": "user", "content": [{"type": "text"}]}], "messages[0].content[0].text"),
         ([{"role": "user", "content": "a", "tool_calls": [

@@ -16,7 +16,7 @@ _MAX_CALLS = 128
 
 
 class ContentPart(RequestBody):
-    """A part of a message's content; only those of type "text" are taken."""
+    """A part of a message's content: of type "text" or, for models that see, "image_url"."""
 
     type: StrictStr
     text: StrictStr | None = None
@@ -70,7 +70,7 @@ Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)
 
 
 def template_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Return the messages as a chat template takes them, contents as text.
+    """Return the messages for `PromptBuilder`, contents as text unless they have other parts.
 
     Raises RequestError that names the place of what is not supported or out of place.
     """
@@ -103,7 +103,7 @@ def _plain(part: BaseModel) -> dict[str, Any]:
     return part.model_dump(exclude_none=True)
 
 
-def _read_content(message: Message, where: str) -> str:
+def _read_content(message: Message, where: str) -> str | list[dict[str, Any]]:
     content = message.content
     if isinstance(content, str):
         return content
@@ -114,17 +114,21 @@ def _read_content(message: Message, where: str) -> str:
         raise RequestError(
             f"{where}.content is missing; it must be a text or a list of parts", f"{where}.content"
         )
-    return "".join(
-        _read_part(part, f"{where}.content[{place}]") for place, part in enumerate(content)
-    )
+    parts = [_read_part(part, f"{where}.content[{i}]") for i, part in enumerate(content)]
+    texts = [part["text"] for part in parts if part["type"] == "text"]
+    # Whether there is a place for an image depends on the model.
+    return "".join(texts) if len(texts) == len(parts) else parts
 
 
-def _read_part(part: ContentPart, where: str) -> str:
+def _read_part(part: ContentPart, where: str) -> dict[str, Any]:
+    if part.type == "image_url":
+        return {"type": part.type, "image_url": part.image_url}
     if part.type != "text":
         raise RequestError(
-            f"{where} has type {part.type[:80]!r}; this model takes parts of type 'text' only",
+            f"{where} has type {part.type[:80]!r}; parts are of type 'text' or, for models that "
+            "see, 'image_url'",
             f"{where}.type",
         )
     if part.text is None:
         raise RequestError(f"{where}.text is missing", f"{where}.text")
-    return part.text
+    return {"type": "text", "text": part.text}
