@@ -9,7 +9,7 @@ from make_gguf import FFN, HEAD_DIM, HEADS, HIDDEN, KV_HEADS, VOCAB, interleave_
 
 from mlc_llm.errors import CorruptFile, ParameterMismatch, UnsupportedModel
 from mlc_llm.weights.gguf import GGUFSource
-from mlc_llm.weights.gguf_architectures import ARCHITECTURES, MIXTRAL, PHI_MSFT
+from mlc_llm.weights.gguf_architectures import ARCHITECTURES, MIXTRAL
 
 EXPERTS = 3
 Q, KV = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
@@ -53,9 +53,7 @@ _METADATA = {
     "attention.value_length": HEAD_DIM,
 }
 _WITHOUT_EXPERTS = {key: value for key, value in _METADATA.items() if "expert" not in key}
-CASES = {**ARCHITECTURES, "mixtral": MIXTRAL, "phi-msft": PHI_MSFT}
-# Told apart by their content.
-_STORED_AS = {"mixtral": "llama", "phi-msft": "phi2"}
+CASES = {**ARCHITECTURES, "mixtral": MIXTRAL}
 
 
 def tensor_names(architecture):
@@ -109,7 +107,7 @@ def write_model(path, name, metadata=None, quantization=gguf.GGMLQuantizationTyp
     values = {**(_METADATA if has_experts else _WITHOUT_EXPERTS), **(metadata or {})}
     if architecture.with_window:
         values.setdefault("attention.sliding_window", 64)
-    arch = _STORED_AS.get(name, name)
+    arch = "llama" if name == "mixtral" else name
     write_gguf(path, stored, arch=arch, metadata=values, quantization=quantization)
     return path, expected
 
@@ -130,7 +128,7 @@ def test_every_tensor_is_as_hugging_face_has_it(tmp_path, name):
 @pytest.mark.parametrize("name", CASES)
 def test_names_are_those_of_the_packages_map(name):
     names = {text: kind for kind, text in gguf.MODEL_ARCH_NAMES.items()}
-    kind = names[_STORED_AS.get(name, name)]
+    kind = names["llama" if name == "mixtral" else name]
     mapping = gguf.get_tensor_name_map(kind, 2)
     for gguf_name, huggingface_name in tensor_names(CASES[name]).items():
         if "{expert}" in huggingface_name:
