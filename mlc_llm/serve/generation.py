@@ -17,7 +17,6 @@ from mlc_llm.engine.sampling import SamplingParams
 from mlc_llm.engine.stream import RequestStream
 from mlc_llm.errors import RequestError
 from mlc_llm.images.inputs import PromptImage
-from mlc_llm.serve.answer_plan import AnswerPlan
 from mlc_llm.serve.model import ServedModel
 from mlc_llm.serve.protocol.generation import GenerationRequest
 from mlc_llm.serve.response_format import grammar_of
@@ -175,6 +174,7 @@ async def start_generation(
     prompt_logprobs: int | None = None,
     continues_text: bool = False,
     grammar: GrammarSpec | None = None,
+    images: tuple[PromptImage, ...] = (),
 ) -> Generation:
     """Queue a request; `continues_text` keeps the space between a prompt and what follows.
 
@@ -207,7 +207,7 @@ async def start_generation(
             priority=request.priority or 0,
             cache_salt=request.cache_salt or "",
             prompt_logprobs=prompt_logprobs,
-    images: tuple[PromptImage, ...] = (),
+            images=images,
             grammar=grammar and replace(grammar, continues_text=continues_text),
         ),
         model.timeout_s,
@@ -244,7 +244,6 @@ def sampling_params(
         ignore_eos=request.ignores_eos,
     )
 
-            images=images,
 
 async def merge_pieces(
     generations: Sequence[Generation],
