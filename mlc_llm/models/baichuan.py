@@ -20,10 +20,14 @@ _VERSION_2_VOCAB = 125696
 
 @dataclass(frozen=True)
 class BaichuanConfig(DecoderConfig):
-    """A decoder with RoPE or ALiBi; the rows of version 2's output layer have length one."""
+    """A decoder with RoPE or ALiBi; the rows of version 2's output layer have length one.
+
+    has_split_qkv: whether the checkpoint has q, k and v apart, as GGUF files do.
+    """
 
     alibi: bool = False
     normalized_head: bool = False
+    has_split_qkv: bool = False
 
     @classmethod
     def huggingface_fields(cls, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -36,6 +40,7 @@ class BaichuanConfig(DecoderConfig):
             **super().huggingface_fields({**config, "max_position_embeddings": longest}),
             "alibi": alibi,
             "normalized_head": is_second,
+            "has_split_qkv": bool(config.get("has_split_qkv", False)),
         }
 
     @property
@@ -59,6 +64,9 @@ def build(config: BaichuanConfig, dtype: str) -> CausalLM:
 
 
 def _special(config: BaichuanConfig, parameter: str) -> ParamRule | None:
+    if config.has_split_qkv and parameter.endswith("W_pack.weight"):
+        prefix = parameter.removesuffix("W_pack.weight")
+        return ParamRule(tuple(f"{prefix}{part}_proj.weight" for part in "qkv"))
     is_head = parameter == "lm_head.weight" and config.normalized_head
     return ParamRule((parameter,), normalize_rows) if is_head else None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from tvm.relax.frontend import nn
 
@@ -28,9 +28,20 @@ _NAMES = DecoderNames(
 
 @dataclass(frozen=True)
 class InternLM2Config(LlamaConfig):
-    """Llama's fields; `bias` is that of attention."""
+    """Llama's fields; `bias` is that of attention.
+
+    has_split_qkv: whether the checkpoint has q, k and v apart, as GGUF files do.
+    """
 
     ALIASES: ClassVar[Mapping[str, tuple[str, ...]]] = {"attention_bias": ("bias",)}
+
+    has_split_qkv: bool = False
+
+    @classmethod
+    def huggingface_fields(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Return constructor arguments from `config.json`."""
+        split = bool(config.get("has_split_qkv", False))
+        return {**super().huggingface_fields(config), "has_split_qkv": split}
 
 
 def attention(config: InternLM2Config, dtype: str, layer: int) -> FusedAttention:
@@ -56,6 +67,8 @@ def build(config: InternLM2Config, dtype: str) -> CausalLM:
 def _special(config: InternLM2Config, parameter: str) -> ParamRule | None:
     if ".wqkv." not in parameter:
         return None
+    if config.has_split_qkv:
+        return ParamRule(tuple(parameter.replace("wqkv", f"w{part}") for part in "qkv"))
     size, kv_heads = config.head_dim, config.num_key_value_heads
     queries = config.num_attention_heads // kv_heads * size
     return ParamRule((parameter,), regroup_qkv(kv_heads, (queries, size, size)))

@@ -19,10 +19,11 @@ from numpy.typing import NDArray
 from mlc_llm.errors import CorruptFile, ParameterMismatch
 from mlc_llm.quantization.encoded import GroupCodes
 from mlc_llm.quantization.formats import OTHER_ENCODING
-from mlc_llm.weights.gguf_architectures import ARCHITECTURES, Architecture, Change
+from mlc_llm.weights.gguf_architectures import ARCHITECTURES
 from mlc_llm.weights.gguf_codes import FORMATS, decode_blocks
 from mlc_llm.weights.gguf_config import MAX_EXPERTS, build_config, find_architecture
 from mlc_llm.weights.gguf_file import UNQUANTIZED, GGUFFile, GGUFTensor
+from mlc_llm.weights.gguf_parts import Architecture, Change
 
 __all__ = ["ARCHITECTURES", "GGUFSource"]
 
@@ -146,6 +147,8 @@ def _huggingface_names(tensor: GGUFTensor, architecture: Architecture) -> dict[s
         return {tensor.name: _Stored(tensor, None)}
     name = name.replace("{layer}", number[0] if number else "") + f".{kind}"
     change = architecture.changes.get(pattern)
+    if change == "plus_one" and kind == "bias":
+        change = None
     if "{expert}" not in name:
         return {name: _Stored(tensor, change)}
     if len(tensor.shape) < 2 or tensor.shape[0] > MAX_EXPERTS:

@@ -6,220 +6,114 @@ and the fields of `config.json`. Files are read by gguf_config.py and gguf.py.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
-
-# How the converter of llama.cpp changed a tensor.
-# q_halves, k_halves: the two rotary halves of each head's rows are interleaved.
-# plus_one: 1 was added. transposed: inputs and outputs are exchanged.
-# flat: an extent of 1 was dropped in front. qkv_groups: q, k and v of all heads were sorted apart.
-Change = Literal["q_halves", "k_halves", "plus_one", "transposed", "flat", "qkv_groups"]
-# A number of the metadata: key, kind, and the value where it is not there (None: it must be).
-Number = tuple[str, Literal["count", "real", "flag"], Any]
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """One architecture. `{layer}` and `{expert}` in names stand for numbers.
-
-    tensors: GGUF name -> Hugging Face name, both without `.weight` or `.bias`; stacked experts have
-    `{expert}` in the latter. changes: GGUF name -> how its values differ. fields: names that
-    `config.json` has for what every decoder has, where they are not Llama's; None leaves one out.
-    numbers and constants: further fields. has_partial_rotary: whether fewer values than a head has
-    may be rotated, as `partial_rotary_factor`; with_window: whether a sliding window is known.
-    """
-
-    model_type: str
-    class_name: str
-    tensors: Mapping[str, str]
-    changes: Mapping[str, Change] = field(default_factory=dict)
-    fields: Mapping[str, str | None] = field(default_factory=dict)
-    numbers: Mapping[str, Number] = field(default_factory=dict)
-    constants: Mapping[str, Any] = field(default_factory=dict)
-    has_partial_rotary: bool = False
-    with_window: bool = False
-
-
-_BLOCK = "model.layers.{layer}."
-_ATTENTION = {
-    "blk.{layer}.attn_q": _BLOCK + "self_attn.q_proj",
-    "blk.{layer}.attn_k": _BLOCK + "self_attn.k_proj",
-    "blk.{layer}.attn_v": _BLOCK + "self_attn.v_proj",
-    "blk.{layer}.attn_output": _BLOCK + "self_attn.o_proj",
-}
-_NORMS = {
-    "blk.{layer}.attn_norm": _BLOCK + "input_layernorm",
-    "blk.{layer}.ffn_norm": _BLOCK + "post_attention_layernorm",
-}
-_ENDS = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-}
-_GATED = {
-    "blk.{layer}.ffn_gate": _BLOCK + "mlp.gate_proj",
-    "blk.{layer}.ffn_up": _BLOCK + "mlp.up_proj",
-    "blk.{layer}.ffn_down": _BLOCK + "mlp.down_proj",
-}
-_WITHOUT_FFN = {**_ENDS, **_ATTENTION, **_NORMS}
-_LLAMA = {**_WITHOUT_FFN, **_GATED}
-_TIED = {name: other for name, other in _LLAMA.items() if name != "output"}
-_HEAD_NORMS = {
-    "blk.{layer}.attn_q_norm": _BLOCK + "self_attn.q_norm",
-    "blk.{layer}.attn_k_norm": _BLOCK + "self_attn.k_norm",
-}
-_POST_NORMS = {
-    "blk.{layer}.post_attention_norm": _BLOCK + "post_attention_layernorm",
-    "blk.{layer}.post_ffw_norm": _BLOCK + "post_feedforward_layernorm",
-}
-_HALVES: dict[str, Change] = {
-    "blk.{layer}.attn_q": "q_halves",
-    "blk.{layer}.attn_k": "k_halves",
-}
-_MIXTRAL_EXPERTS = {
-    "blk.{layer}.ffn_gate_inp": _BLOCK + "block_sparse_moe.gate",
-    "blk.{layer}.ffn_gate_exps": _BLOCK + "block_sparse_moe.experts.{expert}.w1",
-    "blk.{layer}.ffn_down_exps": _BLOCK + "block_sparse_moe.experts.{expert}.w2",
-    "blk.{layer}.ffn_up_exps": _BLOCK + "block_sparse_moe.experts.{expert}.w3",
-}
-_QWEN_EXPERTS = {
-    "blk.{layer}.ffn_gate_inp": _BLOCK + "mlp.gate",
-    "blk.{layer}.ffn_gate_exps": _BLOCK + "mlp.experts.{expert}.gate_proj",
-    "blk.{layer}.ffn_down_exps": _BLOCK + "mlp.experts.{expert}.down_proj",
-    "blk.{layer}.ffn_up_exps": _BLOCK + "mlp.experts.{expert}.up_proj",
-}
-_SHARED_EXPERT = {
-    "blk.{layer}.ffn_gate_inp_shexp": _BLOCK + "mlp.shared_expert_gate",
-    "blk.{layer}.ffn_gate_shexp": _BLOCK + "mlp.shared_expert.gate_proj",
-    "blk.{layer}.ffn_up_shexp": _BLOCK + "mlp.shared_expert.up_proj",
-    "blk.{layer}.ffn_down_shexp": _BLOCK + "mlp.shared_expert.down_proj",
-}
-_DEEPSEEK_EXPERTS = {
-    name: other.replace("shared_expert.", "shared_experts.")
-    for name, other in {**_QWEN_EXPERTS, **_SHARED_EXPERT}.items()
-    if not other.endswith("shared_expert_gate")
-}
-_GPT2_BLOCK = "transformer.h.{layer}."
-
-_LAYER_NORM: Number = ("attention.layer_norm_epsilon", "real", None)
-_NO_RMS: dict[str, str | None] = {"rms_norm_eps": None}
-_EXPERTS: dict[str, Number] = {
-    "num_experts": ("expert_count", "count", None),
-    "num_experts_per_tok": ("expert_used_count", "count", None),
-    "moe_intermediate_size": ("expert_feed_forward_length", "count", None),
-}
-_GEMMA: dict[str, Any] = {"hidden_activation": "gelu_pytorch_tanh"}
-_WINDOW: Number = ("attention.sliding_window", "count", None)
-
-
-def _plus_one(*names: str) -> dict[str, Change]:
-    return {name: "plus_one" for name in names}
-
+from mlc_llm.weights.gguf_parts import (
+    ATTENTION,
+    BLOCK,
+    COMMAND_R,
+    DEEPSEEK_EXPERTS,
+    ENDS,
+    EXPERTS,
+    GATED,
+    GEMMA,
+    GPT2,
+    GPT2_BLOCK,
+    GPT2_FIELDS,
+    HALVES,
+    HEAD_NORMS,
+    INTERNLM2,
+    LAYER_NORM,
+    LLAMA,
+    MIXTRAL_EXPERTS,
+    NO_RMS,
+    NORMS,
+    POST_NORMS,
+    QWEN_EXPERTS,
+    SHARED_EXPERT,
+    TIED,
+    WINDOW,
+    WITHOUT_FFN,
+    Architecture,
+    plus_one,
+)
 
 ARCHITECTURES = {
-    "llama": Architecture("llama", "LlamaForCausalLM", _LLAMA, _HALVES),
-    "qwen": Architecture(
-        "qwen",
-        "QWenLMHeadModel",
-        {
-            "token_embd": "transformer.wte",
-            "output_norm": "transformer.ln_f",
-            "output": "lm_head",
-            "blk.{layer}.attn_norm": _GPT2_BLOCK + "ln_1",
-            "blk.{layer}.attn_qkv": _GPT2_BLOCK + "attn.c_attn",
-            "blk.{layer}.attn_output": _GPT2_BLOCK + "attn.c_proj",
-            "blk.{layer}.ffn_norm": _GPT2_BLOCK + "ln_2",
-            "blk.{layer}.ffn_up": _GPT2_BLOCK + "mlp.w1",
-            "blk.{layer}.ffn_gate": _GPT2_BLOCK + "mlp.w2",
-            "blk.{layer}.ffn_down": _GPT2_BLOCK + "mlp.c_proj",
-        },
-        fields={
-            "num_key_value_heads": None,
-            "attention_bias": None,
-            "mlp_bias": None,
-            "rms_norm_eps": "layer_norm_epsilon",
-            "rope_theta": "rotary_emb_base",
-        },
-        # What it does beyond the trained length is not in these files.
-        constants={"use_dynamic_ntk": False, "use_logn_attn": False},
-    ),
-    "qwen2": Architecture("qwen2", "Qwen2ForCausalLM", _LLAMA),
+    "llama": Architecture("llama", "LlamaForCausalLM", LLAMA, HALVES),
+    "qwen2": Architecture("qwen2", "Qwen2ForCausalLM", LLAMA),
     "qwen2moe": Architecture(
         "qwen2_moe",
         "Qwen2MoeForCausalLM",
-        {**_WITHOUT_FFN, **_QWEN_EXPERTS, **_SHARED_EXPERT},
+        {**WITHOUT_FFN, **QWEN_EXPERTS, **SHARED_EXPERT},
         {"blk.{layer}.ffn_gate_inp_shexp": "flat"},
         numbers={
-            **_EXPERTS,
+            **EXPERTS,
             "shared_expert_intermediate_size": ("expert_shared_feed_forward_length", "count", None),
         },
         constants={"decoder_sparse_step": 1, "norm_topk_prob": False},
     ),
-    "qwen3": Architecture("qwen3", "Qwen3ForCausalLM", {**_LLAMA, **_HEAD_NORMS}),
+    "qwen3": Architecture("qwen3", "Qwen3ForCausalLM", {**LLAMA, **HEAD_NORMS}),
     "qwen3moe": Architecture(
         "qwen3_moe",
         "Qwen3MoeForCausalLM",
-        {**_WITHOUT_FFN, **_HEAD_NORMS, **_QWEN_EXPERTS},
-        numbers=_EXPERTS,
+        {**WITHOUT_FFN, **HEAD_NORMS, **QWEN_EXPERTS},
+        numbers=EXPERTS,
         constants={"decoder_sparse_step": 1, "norm_topk_prob": True},
     ),
     "gemma": Architecture(
         "gemma",
         "GemmaForCausalLM",
-        _TIED,
-        _plus_one("output_norm", "blk.{layer}.attn_norm", "blk.{layer}.ffn_norm"),
-        constants={"hidden_act": "gelu_pytorch_tanh", **_GEMMA},
+        TIED,
+        plus_one("output_norm", "blk.{layer}.attn_norm", "blk.{layer}.ffn_norm"),
+        constants={"hidden_act": "gelu_pytorch_tanh", **GEMMA},
     ),
     "gemma2": Architecture(
         "gemma2",
         "Gemma2ForCausalLM",
         {
-            **_TIED,
-            **_POST_NORMS,
-            "blk.{layer}.ffn_norm": _BLOCK + "pre_feedforward_layernorm",
+            **TIED,
+            **POST_NORMS,
+            "blk.{layer}.ffn_norm": BLOCK + "pre_feedforward_layernorm",
         },
-        _plus_one("output_norm", "blk.{layer}.attn_norm", "blk.{layer}.ffn_norm", *_POST_NORMS),
+        plus_one("output_norm", "blk.{layer}.attn_norm", "blk.{layer}.ffn_norm", *POST_NORMS),
         numbers={
             "attn_logit_softcapping": ("attn_logit_softcapping", "real", 50.0),
             "final_logit_softcapping": ("final_logit_softcapping", "real", 30.0),
-            "sliding_window": _WINDOW,
+            "sliding_window": WINDOW,
         },
-        constants={"hidden_act": "gelu_pytorch_tanh", **_GEMMA},
+        constants={"hidden_act": "gelu_pytorch_tanh", **GEMMA},
         with_window=True,
     ),
     "gemma3": Architecture(
         "gemma3_text",
         "Gemma3ForCausalLM",
         {
-            **_LLAMA,
-            **_POST_NORMS,
-            **_HEAD_NORMS,
-            "blk.{layer}.ffn_norm": _BLOCK + "pre_feedforward_layernorm",
+            **LLAMA,
+            **POST_NORMS,
+            **HEAD_NORMS,
+            "blk.{layer}.ffn_norm": BLOCK + "pre_feedforward_layernorm",
         },
-        _plus_one(
+        plus_one(
             *("output_norm", "blk.{layer}.attn_norm", "blk.{layer}.ffn_norm"),
-            *_POST_NORMS,
-            *_HEAD_NORMS,
+            *POST_NORMS,
+            *HEAD_NORMS,
         ),
         numbers={
-            "sliding_window": _WINDOW,
+            "sliding_window": WINDOW,
             "rope_theta": ("rope.freq_base", "real", 1000000.0),
             "rope_local_base_freq": ("rope.freq_base_swa", "real", 10000.0),
         },
-        constants={"hidden_act": "gelu_pytorch_tanh", "sliding_window_pattern": 6, **_GEMMA},
+        constants={"hidden_act": "gelu_pytorch_tanh", "sliding_window_pattern": 6, **GEMMA},
         with_window=True,
     ),
     "phi3": Architecture(
         "phi3",
         "Phi3ForCausalLM",
         {
-            **_ENDS,
-            **_NORMS,
-            "blk.{layer}.attn_qkv": _BLOCK + "self_attn.qkv_proj",
-            "blk.{layer}.attn_output": _BLOCK + "self_attn.o_proj",
-            "blk.{layer}.ffn_up": _BLOCK + "mlp.gate_up_proj",
-            "blk.{layer}.ffn_down": _BLOCK + "mlp.down_proj",
+            **ENDS,
+            **NORMS,
+            "blk.{layer}.attn_qkv": BLOCK + "self_attn.qkv_proj",
+            "blk.{layer}.attn_output": BLOCK + "self_attn.o_proj",
+            "blk.{layer}.ffn_up": BLOCK + "mlp.gate_up_proj",
+            "blk.{layer}.ffn_down": BLOCK + "mlp.down_proj",
         },
         numbers={
             "sliding_window": ("attention.sliding_window", "count", 0),
@@ -234,10 +128,10 @@ ARCHITECTURES = {
     "stablelm": Architecture(
         "stablelm",
         "StableLmForCausalLM",
-        _LLAMA,
-        fields=_NO_RMS,
+        LLAMA,
+        fields=NO_RMS,
         numbers={
-            "layer_norm_eps": _LAYER_NORM,
+            "layer_norm_eps": LAYER_NORM,
             "use_parallel_residual": ("use_parallel_residual", "flag", False),
         },
         has_partial_rotary=True,
@@ -246,21 +140,21 @@ ARCHITECTURES = {
         "starcoder2",
         "Starcoder2ForCausalLM",
         {
-            **_ENDS,
-            **_ATTENTION,
-            **_NORMS,
-            "blk.{layer}.ffn_up": _BLOCK + "mlp.c_fc",
-            "blk.{layer}.ffn_down": _BLOCK + "mlp.c_proj",
+            **ENDS,
+            **ATTENTION,
+            **NORMS,
+            "blk.{layer}.ffn_up": BLOCK + "mlp.c_fc",
+            "blk.{layer}.ffn_down": BLOCK + "mlp.c_proj",
         },
-        fields=_NO_RMS,
-        numbers={"norm_epsilon": _LAYER_NORM},
+        fields=NO_RMS,
+        numbers={"norm_epsilon": LAYER_NORM},
         constants={"hidden_act": "gelu_pytorch_tanh"},
     ),
     "deepseek": Architecture(
         "deepseek",
         "DeepseekForCausalLM",
-        {**_LLAMA, **_DEEPSEEK_EXPERTS},
-        _HALVES,
+        {**LLAMA, **DEEPSEEK_EXPERTS},
+        HALVES,
         numbers={
             "n_routed_experts": ("expert_count", "count", None),
             "num_experts_per_tok": ("expert_used_count", "count", None),
@@ -274,39 +168,15 @@ ARCHITECTURES = {
     "gpt2": Architecture(
         "gpt2",
         "GPT2LMHeadModel",
-        {
-            "token_embd": "transformer.wte",
-            "position_embd": "transformer.wpe",
-            "output_norm": "transformer.ln_f",
-            "output": "lm_head",
-            "blk.{layer}.attn_norm": _GPT2_BLOCK + "ln_1",
-            "blk.{layer}.attn_qkv": _GPT2_BLOCK + "attn.c_attn",
-            "blk.{layer}.attn_output": _GPT2_BLOCK + "attn.c_proj",
-            "blk.{layer}.ffn_norm": _GPT2_BLOCK + "ln_2",
-            "blk.{layer}.ffn_up": _GPT2_BLOCK + "mlp.c_fc",
-            "blk.{layer}.ffn_down": _GPT2_BLOCK + "mlp.c_proj",
-        },
+        GPT2,
         {
             "blk.{layer}.attn_qkv": "transposed",
             "blk.{layer}.attn_output": "transposed",
             "blk.{layer}.ffn_up": "transposed",
             "blk.{layer}.ffn_down": "transposed",
         },
-        fields={
-            "hidden_act": None,
-            "hidden_size": "n_embd",
-            "intermediate_size": "n_inner",
-            "max_position_embeddings": "n_positions",
-            "num_attention_heads": "n_head",
-            "num_hidden_layers": "n_layer",
-            "num_key_value_heads": None,
-            "rms_norm_eps": None,
-            "rope_theta": None,
-            "rope_scaling": None,
-            "attention_bias": None,
-            "mlp_bias": None,
-        },
-        numbers={"layer_norm_epsilon": _LAYER_NORM},
+        fields=GPT2_FIELDS,
+        numbers={"layer_norm_epsilon": LAYER_NORM},
         constants={"activation_function": "gelu_new"},
     ),
     "gptneox": Architecture(
@@ -326,7 +196,7 @@ ARCHITECTURES = {
         {"blk.{layer}.attn_qkv": "qkv_groups"},
         fields={"rms_norm_eps": None, "rope_theta": "rotary_emb_base"},
         numbers={
-            "layer_norm_eps": _LAYER_NORM,
+            "layer_norm_eps": LAYER_NORM,
             "use_parallel_residual": ("use_parallel_residual", "flag", True),
         },
         constants={"hidden_act": "gelu"},
@@ -335,19 +205,127 @@ ARCHITECTURES = {
     "olmo2": Architecture(
         "olmo2",
         "Olmo2ForCausalLM",
-        {**_ENDS, **_ATTENTION, **_HEAD_NORMS, **_POST_NORMS, **_GATED},
+        {**ENDS, **ATTENTION, **HEAD_NORMS, **POST_NORMS, **GATED},
+    ),
+    "baichuan": Architecture(
+        "baichuan",
+        "BaichuanForCausalLM",
+        LLAMA,
+        HALVES,
+        constants={"has_split_qkv": True},
+    ),
+    "command-r": Architecture(
+        "cohere",
+        "CohereForCausalLM",
+        {**COMMAND_R, **HEAD_NORMS},
+        fields=NO_RMS,
+        numbers={"layer_norm_eps": LAYER_NORM, "logit_scale": ("logit_scale", "real", None)},
+    ),
+    "internlm2": Architecture(
+        "internlm2",
+        "InternLM2ForCausalLM",
+        INTERNLM2,
+        HALVES,
+        fields={"attention_bias": "bias"},
+        constants={"has_split_qkv": True},
+    ),
+    # Three factors, in files of today as what llama.cpp multiplies with; see gguf_config.py.
+    "minicpm": Architecture(
+        "minicpm",
+        "MiniCPMForCausalLM",
+        LLAMA,
+        HALVES,
+        numbers={
+            "scale_emb": ("embedding_scale", "real", 12.0),
+            "scale_depth": ("residual_scale", "real", 0.0),
+            "dim_model_base": ("logit_scale", "real", 0.0),
+        },
+    ),
+    "nemotron": Architecture(
+        "nemotron",
+        "NemotronForCausalLM",
+        {
+            **WITHOUT_FFN,
+            "blk.{layer}.ffn_up": BLOCK + "mlp.up_proj",
+            "blk.{layer}.ffn_down": BLOCK + "mlp.down_proj",
+        },
+        plus_one("output_norm", "blk.{layer}.attn_norm", "blk.{layer}.ffn_norm"),
+        fields=NO_RMS,
+        numbers={"norm_eps": LAYER_NORM},
+        constants={"hidden_act": "relu2"},
+        has_partial_rotary=True,
+    ),
+    "olmo": Architecture(
+        "olmo",
+        "OlmoForCausalLM",
+        {name: other for name, other in LLAMA.items() if "norm" not in name},
+        HALVES,
+        fields=NO_RMS,
+        numbers={"clip_qkv": ("attention.clamp_kqv", "real", 0.0)},
+    ),
+    "orion": Architecture("orion", "OrionForCausalLM", LLAMA),
+    "phi2": Architecture(
+        "phi",
+        "PhiForCausalLM",
+        {
+            "token_embd": "model.embed_tokens",
+            "output_norm": "model.final_layernorm",
+            "output": "lm_head",
+            **ATTENTION,
+            "blk.{layer}.attn_norm": BLOCK + "input_layernorm",
+            "blk.{layer}.attn_output": BLOCK + "self_attn.dense",
+            "blk.{layer}.ffn_up": BLOCK + "mlp.fc1",
+            "blk.{layer}.ffn_down": BLOCK + "mlp.fc2",
+        },
+        fields=NO_RMS,
+        numbers={"layer_norm_eps": LAYER_NORM},
+        constants={"hidden_act": "gelu_new"},
+        has_partial_rotary=True,
+    ),
+    "starcoder": Architecture(
+        "gpt_bigcode",
+        "GPTBigCodeForCausalLM",
+        GPT2,
+        fields=GPT2_FIELDS,
+        numbers={"layer_norm_epsilon": LAYER_NORM},
+        constants={"activation_function": "gelu_pytorch_tanh", "multi_query": True},
     ),
 }
 # Mixtral is stored as llama, and told apart by its experts; Mistral by its window.
 MIXTRAL = Architecture(
     "mixtral",
     "MixtralForCausalLM",
-    {**_WITHOUT_FFN, **_MIXTRAL_EXPERTS},
-    _HALVES,
+    {**WITHOUT_FFN, **MIXTRAL_EXPERTS},
+    HALVES,
     numbers={
         "num_local_experts": ("expert_count", "count", None),
         "num_experts_per_tok": ("expert_used_count", "count", None),
         "sliding_window": ("attention.sliding_window", "count", 0),
     },
     with_window=True,
+)
+# Phi-1.5 and Phi-2 as Microsoft first stored them, told apart by their one tensor for q, k and v.
+PHI_MSFT = Architecture(
+    "phi-msft",
+    "PhiForCausalLM",
+    {
+        "token_embd": "transformer.embd.wte",
+        "output_norm": "lm_head.ln",
+        "output": "lm_head.linear",
+        "blk.{layer}.attn_norm": GPT2_BLOCK + "ln",
+        "blk.{layer}.attn_qkv": GPT2_BLOCK + "mixer.Wqkv",
+        "blk.{layer}.attn_output": GPT2_BLOCK + "mixer.out_proj",
+        "blk.{layer}.ffn_up": GPT2_BLOCK + "mlp.fc1",
+        "blk.{layer}.ffn_down": GPT2_BLOCK + "mlp.fc2",
+    },
+    fields={
+        **GPT2_FIELDS,
+        "hidden_act": "activation_function",
+        "num_key_value_heads": "n_head_kv",
+        "rope_theta": "rope_theta",
+        "rope_scaling": "rope_scaling",
+    },
+    numbers={"layer_norm_epsilon": LAYER_NORM},
+    constants={"activation_function": "gelu_new"},
+    has_partial_rotary=True,
 )

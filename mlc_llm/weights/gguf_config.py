@@ -10,13 +10,15 @@ from typing import Any
 import numpy as np
 
 from mlc_llm.errors import CorruptFile, ParameterMismatch, UnsupportedModel
-from mlc_llm.weights.gguf_architectures import ARCHITECTURES, MIXTRAL, Architecture
+from mlc_llm.weights.gguf_architectures import ARCHITECTURES, MIXTRAL, PHI_MSFT
 from mlc_llm.weights.gguf_file import GGUFFile
+from mlc_llm.weights.gguf_parts import Architecture
 from mlc_llm.weights.gguf_rope import find_llama3_scaling
 
 _ROPE_FACTORS = "rope_freqs.weight"
 _LONG_FACTORS, _SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.weight"
 MAX_EXPERTS = 4096
+_BAICHUAN_13B_LAYERS = 40
 # Layers of the models whose attention is scaled by hidden size / heads, not by the size of a head.
 _GEMMA_27B_LAYERS = {"gemma2": 46, "gemma3_text": 62}
 
@@ -32,6 +34,8 @@ def find_architecture(file: GGUFFile) -> tuple[str, Architecture]:
         )
     if name == "llama" and file.get("llama.expert_count", int, 0):
         return name, MIXTRAL
+    if name == "phi2" and "blk.0.attn_qkv.weight" in file.tensors:
+        return name, PHI_MSFT
     return name, ARCHITECTURES[name]
 
 
@@ -171,8 +175,30 @@ def _add_special_cases(file: GGUFFile, config: dict[str, Any], head_dim: int) ->
         config["original_max_position_embeddings"] = (
             config["original_max_position_embeddings"] or config["max_position_embeddings"]
         )
+    if model_type == "baichuan" and config["num_hidden_layers"] == _BAICHUAN_13B_LAYERS:
+        # The larger size has ALiBi in place of RoPE, which is said by what is left out.
+        config["model_max_length"] = config.pop("max_position_embeddings")
+    if model_type == "cohere":
+        config["use_qk_norm"] = "blk.0.attn_q_norm.weight" in file.tensors
+    if model_type == "minicpm":
+        _add_minicpm_factors(config)
+    if config.get("clip_qkv") == 0:
+        config["clip_qkv"] = None
     if config.get("sliding_window") == 0:
         config["sliding_window"] = None
+
+
+def _add_minicpm_factors(config: dict[str, Any]) -> None:
+    """Turn what llama.cpp multiplies with into MiniCPM's own numbers.
+
+    Files of early converters have none; llama.cpp then takes those of the model for 2B.
+    """
+    layers, hidden_size = config["num_hidden_layers"], config["hidden_size"]
+    residual, logits = config["scale_depth"], config["dim_model_base"]
+    # Stored as float32, see _MetadataReader.real.
+    depth = float(f"{residual * layers**0.5:.6g}") if residual else 1.4
+    config["scale_depth"] = depth
+    config["dim_model_base"] = float(f"{hidden_size / logits:.6g}") if logits else 256
 
 
 class _MetadataReader:

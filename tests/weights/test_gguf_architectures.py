@@ -8,8 +8,9 @@ import pytest
 from make_gguf import FFN, HEAD_DIM, HEADS, HIDDEN, KV_HEADS, VOCAB, interleave_halves, write_gguf
 
 from mlc_llm.errors import CorruptFile, ParameterMismatch, UnsupportedModel
+from mlc_llm.models.registry import find_family
 from mlc_llm.weights.gguf import GGUFSource
-from mlc_llm.weights.gguf_architectures import ARCHITECTURES, MIXTRAL
+from mlc_llm.weights.gguf_architectures import ARCHITECTURES, MIXTRAL, PHI_MSFT
 
 EXPERTS = 3
 Q, KV = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
@@ -49,11 +50,14 @@ _METADATA = {
     "expert_feed_forward_length": 32,
     "expert_shared_feed_forward_length": FFN,
     "attention.layer_norm_epsilon": 1e-5,
+    "logit_scale": 0.25,
     "attention.key_length": HEAD_DIM,
     "attention.value_length": HEAD_DIM,
 }
 _WITHOUT_EXPERTS = {key: value for key, value in _METADATA.items() if "expert" not in key}
-CASES = {**ARCHITECTURES, "mixtral": MIXTRAL}
+CASES = {**ARCHITECTURES, "mixtral": MIXTRAL, "phi-msft": PHI_MSFT}
+# Told apart by their content.
+_STORED_AS = {"mixtral": "llama", "phi-msft": "phi2"}
 
 
 def tensor_names(architecture):
@@ -107,7 +111,7 @@ def write_model(path, name, metadata=None, quantization=gguf.GGMLQuantizationTyp
     values = {**(_METADATA if has_experts else _WITHOUT_EXPERTS), **(metadata or {})}
     if architecture.with_window:
         values.setdefault("attention.sliding_window", 64)
-    arch = "llama" if name == "mixtral" else name
+    arch = _STORED_AS.get(name, name)
     write_gguf(path, stored, arch=arch, metadata=values, quantization=quantization)
     return path, expected
 
@@ -128,7 +132,7 @@ def test_every_tensor_is_as_hugging_face_has_it(tmp_path, name):
 @pytest.mark.parametrize("name", CASES)
 def test_names_are_those_of_the_packages_map(name):
     names = {text: kind for kind, text in gguf.MODEL_ARCH_NAMES.items()}
-    kind = names["llama" if name == "mixtral" else name]
+    kind = names[_STORED_AS.get(name, name)]
     mapping = gguf.get_tensor_name_map(kind, 2)
     for gguf_name, huggingface_name in tensor_names(CASES[name]).items():
         if "{expert}" in huggingface_name:
@@ -192,12 +196,6 @@ def test_mixtral_and_other_experts(tmp_path):
     config = config_of(tmp_path, "qwen2moe")
     assert config["shared_expert_intermediate_size"] == FFN
     assert config["norm_topk_prob"] is False
-
-
-def test_qwen(tmp_path):
-    config = config_of(tmp_path, "qwen", rope__freq_base=5000.0)
-    assert (config["rotary_emb_base"], config["intermediate_size"]) == (5000.0, FFN)
-    assert "layer_norm_epsilon" in config and config["use_dynamic_ntk"] is False
 
 
 def test_deepseek(tmp_path):
@@ -282,6 +280,39 @@ def test_longrope_and_yarn(tmp_path):
     )
     assert config["rope_scaling"]["rope_type"] == "yarn"
     assert config["rope_scaling"]["original_max_position_embeddings"] == 64
+
+
+def test_baichuan_by_its_sizes(tmp_path):
+    assert config_of(tmp_path, "baichuan")["max_position_embeddings"] == 128
+    larger = config_of(tmp_path, "baichuan", block_count=40)
+    assert "max_position_embeddings" not in larger and larger["model_max_length"] == 128
+    family = find_family(larger)
+    assert family.config_from_huggingface(larger).alibi
+    second = {**larger, "vocab_size": 125696}
+    assert family.config_from_huggingface(second).normalized_head
+
+
+def test_minicpm_of_early_converters(tmp_path):
+    """Their files lack the factors; llama.cpp takes those of the model for 2B."""
+    new = {"embedding_scale": 12.0, "residual_scale": 1.4 / 40**0.5, "logit_scale": 64 / 256}
+    for factors in ({"logit_scale": 0.0}, new):  # as where it is not there
+        path, _ = write_model(tmp_path / "m.gguf", "minicpm", {"block_count": 40, **factors})
+        config = GGUFSource(path).config
+        assert (config["scale_emb"], config["scale_depth"]) == (12, 1.4)
+        assert config["dim_model_base"] == 256
+
+
+def test_olmo_that_clips_nothing(tmp_path):
+    assert config_of(tmp_path, "olmo")["clip_qkv"] is None
+    assert config_of(tmp_path, "olmo", attention__clamp_kqv=8.0)["clip_qkv"] == 8
+
+
+def test_first_form_of_phi_is_told_by_its_tensors(tmp_path):
+    path, _ = write_model(tmp_path / "m.gguf", "phi-msft", {"rope.dimension_count": 8})
+    config = GGUFSource(path).config
+    family = find_family(config)
+    assert (family.name, config["n_embd"], config["n_inner"]) == ("phi-msft", HIDDEN, FFN)
+    assert family.config_from_huggingface(config).rotary_dim == 8
 
 
 def test_the_page_lists_every_architecture():

@@ -22,9 +22,13 @@ _ARCH_OF |= {"MistralForCausalLM": "llama", "MixtralForCausalLM": "llama"}
 
 _MODEL_TYPES = {architecture.model_type for architecture in ARCHITECTURES.values()}
 _MODEL_TYPES |= {"mistral", "mixtral"}
-# GGUF cannot say which layers have no experts. Of llama3 scaling it has the divisors, and these
-# models too few of them to tell what made them.
-_NOT_IN_GGUF = ("qwen2_moe", "llama_rope_llama3", "llama_rope_llama3_tied_old_config")
+# GGUF cannot say which layers have no experts, nor, as the converter writes it, that the keys of
+# GPT-BigCode have all heads. Sizes tell which Baichuan is of version 2 or has ALiBi: not these.
+# Of llama3 scaling it has the divisors, and these models too few of them to tell what made them.
+_NOT_IN_GGUF = (
+    *("qwen2_moe", "llama_rope_llama3", "llama_rope_llama3_tied_old_config"),
+    *("gpt_bigcode_all_heads", "baichuan2", "baichuan_alibi"),
+)
 # Fields of some cases that GGUF has no place for; of real models they follow from the others.
 _UNSAID = {
     "gemma2": ("layer_types", "query_pre_attn_scalar"),
@@ -84,6 +88,9 @@ def metadata_of(config, architecture):
         # transformers 5 has another name for one of them.
         found = first(config | rope, field, field.replace("num_experts", "num_local_experts"))
         values[key] = default if found is None else found
+    if config["model_type"] == "minicpm":
+        values["residual_scale"] = config["scale_depth"] / values["block_count"] ** 0.5
+        values["logit_scale"] = hidden / config["dim_model_base"]
     if "rope_theta" in local:
         values["rope.freq_base_swa"] = local["rope_theta"]
     return {key: value for key, value in values.items() if value is not None}
@@ -126,6 +133,22 @@ def as_stored(tensor, change, metadata):
     return tensor
 
 
+def split_qkv(name, tensor, metadata):
+    """Yield a tensor, or q, k and v where the converter takes them apart."""
+    heads, kv_heads = metadata["attention.head_count"], metadata["attention.head_count_kv"]
+    size = metadata["attention.key_length"]
+    if name.endswith("W_pack.weight"):
+        for part, rows in zip("qkv", np.split(tensor, 3), strict=True):
+            yield name.replace("W_pack", f"{part}_proj"), rows
+    elif ".wqkv." in name:
+        groups = tensor.reshape(kv_heads, heads // kv_heads + 2, size, -1)
+        parts = {"q": groups[:, :-2], "k": groups[:, -2], "v": groups[:, -1]}
+        for part, rows in parts.items():
+            yield name.replace("wqkv", f"w{part}"), rows.reshape(-1, tensor.shape[1])
+    else:
+        yield name, tensor
+
+
 def write_case(path, source):
     config = source.config
     architecture = architecture_of(config)
@@ -134,13 +157,16 @@ def write_case(path, source):
     for name in source.names():
         if config.get("tie_word_embeddings") and name == "lm_head.weight":
             continue
-        tensor = np.asarray(source.read(name)).astype(np.float32)
-        stored, pattern, expert = gguf_name_of(name, architecture)
-        tensor = as_stored(tensor, architecture.changes.get(pattern), metadata)
-        if expert is None:
-            tensors[stored] = tensor
-        else:
-            stacks.setdefault(stored, {})[expert] = tensor
+        whole = np.asarray(source.read(name)).astype(np.float32)
+        for part, tensor in split_qkv(name, whole, metadata):
+            stored, pattern, expert = gguf_name_of(part, architecture)
+            change = architecture.changes.get(pattern)
+            if change != "plus_one" or not part.endswith(".bias"):
+                tensor = as_stored(tensor, change, metadata)
+            if expert is None:
+                tensors[stored] = tensor
+            else:
+                stacks.setdefault(stored, {})[expert] = tensor
     for name, parts in stacks.items():
         tensors[name] = np.stack([parts[expert] for expert in range(len(parts))])
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
@@ -177,7 +203,7 @@ def test_a_reference_as_gguf_is_the_same_model(tmp_path, case):
     for ours, theirs in zip(from_gguf[1].ropes, config.ropes, strict=True):
         np.testing.assert_allclose(ours.inverse_frequencies(), theirs.inverse_frequencies())
         assert ours.table_scale == pytest.approx(theirs.table_scale)
-    for name in ("rope_scaling", *_UNSAID.get(case.name, ())):
+    for name in ("rope_scaling", "has_split_qkv", *_UNSAID.get(case.name, ())):
         found.pop(name, None)
         expected.pop(name, None)
     assert found == expected
