@@ -44,6 +44,7 @@ from mlc_llm.serve.protocol.generation import GenerationRequest
 from mlc_llm.serve.protocol.response_events import Response as ResponseAnswer
 from mlc_llm.serve.protocol.response_events import ResponseEvent
 from mlc_llm.serve.protocol.responses import ResponseRequest
+from mlc_llm.serve.rerank import RerankRequest, RerankResponse, rerank
 from mlc_llm.serve.responses import RESPONSE_EVENTS, RESPONSE_PREFIX, respond, respond_stream
 from mlc_llm.serve.sse import start_events, while_connected
 from mlc_llm.serve.tokenize import (
@@ -88,6 +89,7 @@ BODIES = (
     MessagesRequest,
     CountTokensRequest,
     EmbeddingRequest,
+    RerankRequest,
     TokenizeRequest,
     DetokenizeRequest,
     ModelChoice,
@@ -102,6 +104,7 @@ ANSWERS = (
     MessageEvent,
     TokenCount,
     EmbeddingResponse,
+    RerankResponse,
     TokenizeResponse,
     DetokenizeResponse,
     ModelCard,
@@ -153,6 +156,7 @@ class Routes:
         add("POST", "/v1/messages/count_tokens", self.count_tokens, count)
         vectors = describe(EmbeddingResponse, EmbeddingRequest)
         add("POST", "/v1/embeddings", self.embeddings, vectors)
+        add("POST", "/v1/rerank", self.rerank, describe(RerankResponse, RerankRequest))
         add("GET", "/v1/models", self.list_models, describe(ModelList))
         card = describe(ModelCard, also=[404], parameters=[_MODEL_ID])
         add("GET", "/v1/models/{model_id:path}", self.get_model, card)
@@ -231,6 +235,12 @@ class Routes:
         body = await read_body(request, EmbeddingRequest)
         model = self._models.find_embedding(body.model)
         return _json(await while_connected(request.receive, embed(model, body)))
+
+    async def rerank(self, request: Request) -> Response:
+        """Put documents in the order in which they fit a query."""
+        body = await read_body(request, RerankRequest)
+        model = self._models.find_embedding(body.model)
+        return _json(await while_connected(request.receive, rerank(model, body)))
 
     async def list_models(self, request: Request) -> Response:
         """List the models that are served."""

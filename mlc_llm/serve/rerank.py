@@ -1,0 +1,107 @@
+"""`/v1/rerank` without HTTP: which of some texts fit a query best, by the vectors of a model.
+
+Knows the request and the response. What becomes of token ids is `engine/embedding.py`'s affair.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from typing import Annotated, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, Field, StrictBool, StrictInt, StrictStr
+
+from mlc_llm.engine.embedding import EmbeddingModel, normalize
+from mlc_llm.errors import RequestError
+from mlc_llm.serve.embeddings import MAX_INPUTS, EmbeddingUsage
+from mlc_llm.serve.protocol.base import Answer, RequestBody
+
+_Text = Annotated[StrictStr, Field(min_length=1)]
+
+
+class Document(RequestBody):
+    """A text, as an object."""
+
+    text: _Text
+
+
+class RerankRequest(RequestBody):
+    """A query and the documents to put in order.
+
+    top_n: of how many to tell; all if left out. return_documents: with their texts.
+    truncate_prompt_tokens: texts with more tokens lose their end, but for special tokens there; -1
+    stands for the most that the model takes. Without it they are refused.
+    """
+
+    query: _Text
+    documents: Annotated[list[_Text | Document], Field(min_length=1, max_length=MAX_INPUTS)]
+    model: StrictStr | None = None
+    top_n: Annotated[StrictInt, Field(ge=1)] | None = None
+    return_documents: StrictBool | None = None
+    truncate_prompt_tokens: Annotated[StrictInt, Field(ge=1)] | Literal[-1] | None = None
+    user: StrictStr | None = None
+
+
+class RerankResult(Answer):
+    """A document by its place in the request.
+
+    relevance_score: the cosine of the angle between its vector and the query's, from -1 to 1.
+    """
+
+    index: int
+    relevance_score: float
+    document: Document | None = None
+
+
+class RerankResponse(BaseModel):
+    """The documents that fit best, the best one first."""
+
+    object: Literal["list"] = "list"
+    model: str
+    results: list[RerankResult]
+    usage: EmbeddingUsage
+
+
+async def rerank(model: EmbeddingModel, request: RerankRequest) -> RerankResponse:
+    """Put documents in order; those with equal scores stay as they are.
+
+    Raises RequestError and ContextTooLong for texts the model cannot take, QueueFull,
+    EngineStopped or StepFailed.
+    """
+    texts = [item if isinstance(item, str) else item.text for item in request.documents]
+    # Tokenizing megabytes of text must not hold up other requests of the event loop.
+    inputs = await asyncio.to_thread(
+        _read_texts, model, [*texts, request.query], request.truncate_prompt_tokens
+    )
+    try:
+        vectors = normalize(await model.embed(inputs))
+    except RequestError as error:
+        raise _with_place(error, len(texts)) from None
+    # Not as a product of matrices, whose sums differ from row to row: equal texts score equally.
+    scores: NDArray[np.float64] = (vectors[:-1] * vectors[-1]).sum(axis=1, dtype=np.float64)
+    best = np.argsort(-scores, kind="stable")[: request.top_n]
+    results = []
+    for index in best.tolist():
+        result = RerankResult(index=index, relevance_score=float(np.clip(scores[index], -1, 1)))
+        if request.return_documents:
+            result.document = Document(text=texts[index])
+        results.append(result)
+    num_tokens = sum(len(tokens) for tokens in inputs)
+    usage = EmbeddingUsage(prompt_tokens=num_tokens, total_tokens=num_tokens)
+    return RerankResponse(model=model.name, results=results, usage=usage)
+
+
+def _read_texts(model: EmbeddingModel, texts: list[str], max_len: int | None) -> list[list[int]]:
+    limit = model.max_input_len if max_len == -1 else max_len
+    return [model.token_ids(text, limit) for text in texts]
+
+
+def _with_place(error: RequestError, num_documents: int) -> RequestError:
+    """Return an error about a numbered input with the field that it came from."""
+    if found := re.match(r"input (\d+)", str(error)):
+        number = int(found[1])
+        error.param = f"documents[{number}]" if number < num_documents else "query"
+        error.args = (error.param + str(error)[found.end() :],)
+    return error
