@@ -19,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 Config = dict[str, Any]
 Tensors = dict[str, np.ndarray]
+Layout = Callable[[dict[str, Any], Config, Tensors], tuple[Config, Tensors]]
 
 
 def rewrite(case: dict[str, Any], directory: Path) -> None:
@@ -277,13 +278,17 @@ def _qwen(case: dict[str, Any], config: Config, tensors: Tensors) -> tuple[Confi
     return fields, written
 
 
-def _llama4(case: dict[str, Any], config: Config, tensors: Tensors) -> tuple[Config, Tensors]:
+def _beside_images(architecture: str, model_type: str, vision: str) -> Layout:
     """Put the text part beside a model of images, whose tensors are of no use here."""
-    written = {f"language_model.{name}": tensor for name, tensor in tensors.items()}
-    written["vision_model.class_embedding"] = np.ones(4, np.float32)
-    written["multi_modal_projector.linear_1.weight"] = np.ones((4, 4), np.float32)
-    fields = {"architectures": ["Llama4ForConditionalGeneration"], "model_type": "llama4"}
-    return {**fields, "text_config": config, "vision_config": {"hidden_size": 4}}, written
+
+    def layout(case: dict[str, Any], config: Config, tensors: Tensors) -> tuple[Config, Tensors]:
+        written = {f"language_model.{name}": tensor for name, tensor in tensors.items()}
+        written[f"{vision}.class_embedding"] = np.ones(4, np.float32)
+        written["multi_modal_projector.linear_1.weight"] = np.ones((4, 4), np.float32)
+        fields = {"architectures": [architecture], "model_type": model_type}
+        return {**fields, "text_config": config, "vision_config": {"hidden_size": 4}}, written
+
+    return layout
 
 
 def _replace(name: str, names: dict[str, str]) -> str:
@@ -292,7 +297,6 @@ def _replace(name: str, names: dict[str, str]) -> str:
     return name
 
 
-Layout = Callable[[dict[str, Any], Config, Tensors], tuple[Config, Tensors]]
 LAYOUTS: dict[str, Layout] = {
     "internlm": _internlm,
     "internlm2": _internlm2,
@@ -300,7 +304,8 @@ LAYOUTS: dict[str, Layout] = {
     "orion": _orion,
     "minicpm": _minicpm,
     "chatglm": _chatglm,
-    "llama4": _llama4,
+    "llama4": _beside_images("Llama4ForConditionalGeneration", "llama4", "vision_model"),
+    "ministral3": _beside_images("Mistral3ForConditionalGeneration", "mistral3", "vision_tower"),
     "qwen": _qwen,
     "deepseek": _deepseek,
 }

@@ -33,6 +33,8 @@ _NAMES: dict[str, tuple[tuple[str, str], ...]] = {
         ("self_attn.o_proj", "mixer.out_proj"),
         ("self_attn", "mixer"),
     ),
+    "mistral3": (("language_model.", ""), *_USUAL),
+    "ministral3": _USUAL,
     "olmo": _USUAL,
     "olmo2": _USUAL,
     "stablelm": _USUAL,

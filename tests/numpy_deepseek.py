@@ -46,7 +46,7 @@ def _attention(config: Mapping[str, Any], w: Mapping[str, Array], at: str, x: Ar
     compressed = x @ w[at + "kv_a_proj_with_mqa.weight"].T
     latent = _rms(compressed[:, :rank], w[at + "kv_a_layernorm.weight"], epsilon)
     kv = (latent @ w[at + "kv_b_proj.weight"].T).reshape(n, heads, -1).swapaxes(0, 1)
-    frequencies, magnitude, sharpness = _rope(config["rope_parameters"], turned)
+    frequencies, magnitude, sharpness = rotary(config["rope_parameters"], turned)
     rotation = magnitude * np.exp(1j * np.outer(np.arange(n), frequencies))
     q = np.concatenate([q[..., :nope], _rotate(q[..., nope:], rotation)], axis=-1)
     shared = np.broadcast_to(_rotate(compressed[:, rank:], rotation), (heads, n, turned))
@@ -59,7 +59,7 @@ def _attention(config: Mapping[str, Any], w: Mapping[str, Array], at: str, x: Ar
     return joined
 
 
-def _rope(rope: Mapping[str, Any], dim: int) -> tuple[Array, float, float]:
+def rotary(rope: Mapping[str, Any], dim: int) -> tuple[Array, float, float]:
     """Return frequencies, the factor of sines and cosines, and that of scores."""
     base = rope["rope_theta"]
     frequencies = base ** (-np.arange(0, dim, 2) / dim)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy_deepseek
 from numpy.typing import NDArray
 from numpy_dense_names import RENAMED
 
@@ -46,6 +47,9 @@ class Model:
     embedding_factor: float = 1
     residual_factor: float = 1
     logit_factor: float = 1
+    # What queries grow by each time that so many tokens went before.
+    query_growth: float = 0
+    query_period: int = 1
 
 
 def forward(config: Config, weights: Weights, token_ids: Sequence[int]) -> Array:
@@ -93,6 +97,8 @@ def _attention(model: Model, layer: int, hidden: Array) -> Array:
     if rope is not None:
         q, k = (_rotate(part, rope, model.is_interleaved) for part in (q, k))
     k, v = (np.repeat(part, model.heads // model.kv_heads, axis=0) for part in (k, v))
+    steps = np.arange(n) // model.query_period
+    q = q * (1 + model.query_growth * np.log(1 + steps))[:, None]
     scores = q @ k.swapaxes(1, 2) * (model.scale or model.size**-0.5)
     if model.score_cap is not None:
         scores = model.score_cap * np.tanh(scores / model.score_cap)
@@ -148,6 +154,8 @@ def _rotate(x: Array, rope: Mapping[str, Any], is_interleaved: bool) -> Array:
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind == "linear":
         frequencies = frequencies / rope["factor"]
+    elif kind == "yarn":
+        frequencies, magnitude, _ = numpy_deepseek.rotary({**rope, "rope_type": kind}, dim)
     elif kind == "longrope":
         # Texts of the tests are all longer than what was trained.
         frequencies = frequencies / np.asarray(rope["long_factor"])
@@ -177,7 +185,7 @@ def _relu_squared(x: Array) -> Array:
 def read_model(config: Config, weights: dict[str, Array]) -> Model:
     """Return the family of a configuration with its weights."""
     kind = config["model_type"]
-    if kind == "gemma3":
+    if "text_config" in config:
         config = {**config["text_config"], "model_type": kind}
     layers = config.get("num_hidden_layers") or config["num_layers"]
     heads = config["num_attention_heads"]
@@ -273,6 +281,12 @@ def _qwen(model: Model, config: Config) -> None:
     model.epsilon = config["layer_norm_epsilon"]
 
 
+def _ministral3(model: Model, config: Config) -> None:
+    rope = config["rope_parameters"]
+    model.query_growth = rope["llama_4_scaling_beta"]
+    model.query_period = rope["original_max_position_embeddings"]
+
+
 def _internlm(model: Model, config: Config) -> None:
     model.ropes = [{"rope_theta": config["rotary"]["base"]}] * model.layers
 
@@ -309,6 +323,8 @@ _DIFFERENCES: dict[str, Callable[[Model, Config], None]] = {
     "starcoder2": _set(norm="layer", activation=_gelu),
     "chatglm": _chatglm,
     "qwen": _qwen,
+    "mistral3": _ministral3,
+    "ministral3": _ministral3,
 }
 
 

@@ -14,6 +14,15 @@ from numpy_model import read_weights
 from reference_cases import CASES, REFERENCES, ReferenceCase, get_case
 from second_opinion import forward
 
+_MINISTRAL_ROPE: dict[str, Any] = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.5,
+}
 # What must move the logits if it is left out, and by config edits that leave it out.
 FEATURES = [
     ("llama_gqa", {"rope_parameters": {"rope_type": "default", "rope_theta": 20000.0}}),
@@ -75,6 +84,15 @@ FEATURES = [
     ("deepseek", {"num_experts_per_tok": 2}),
     ("qwen", {"rotary_emb_base": 10000.0}),
     ("qwen", {"layer_norm_epsilon": 1e-2}),
+    *(
+        ("ministral3_text", {"rope_parameters": {**_MINISTRAL_ROPE, **edit}})
+        for edit in (
+            {"llama_4_scaling_beta": 0},
+            {"original_max_position_embeddings": 32},
+            {"factor": 2.0},
+            {"mscale": 0.5},
+        )
+    ),
     ("chatglm", {"rope_ratio": 1.0}),
 ]
 

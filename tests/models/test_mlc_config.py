@@ -10,6 +10,7 @@ from mlc_names_dense import MODEL_TYPES, model_config
 from reference_cases import CASES, ReferenceCase
 
 from mlc_llm.errors import CorruptFile, OptionError, UnsupportedModel
+from mlc_llm.models.ministral3 import Ministral3Config
 from mlc_llm.models.registry import find_family, get_family
 
 # Limits, and what only the checkpoint's configuration or our own artifacts say.
@@ -104,6 +105,28 @@ def test_what_is_not_computed_is_refused(
     config = next(case for case in DENSE if case.model_type == model_type).config()
     with pytest.raises(UnsupportedModel, match=message):
         get_family(model_type).config_from_huggingface({**config, **fields})
+
+
+def test_ministral_beside_a_model_of_images() -> None:
+    """What the text part says of its output layer counts, not a default beside it."""
+    config = next(case for case in DENSE if case.name == "ministral3").config()
+    family = find_family(config)
+    for tied in (True, False):
+        text = {**config["text_config"], "tie_word_embeddings": tied}
+        given = {**config, "text_config": text, "tie_word_embeddings": not tied}
+        assert family.config_from_huggingface(given).tie_word_embeddings is tied
+    found = family.config_from_huggingface(config)
+    assert isinstance(found, Ministral3Config)
+    assert found.query_scale is not None and found.query_scale.period == 8
+    short = found.with_overrides({"context_window_size": 8})
+    assert short.query_scale is None
+    # Mistral Small 3 has no such scaling.
+    plain = {**config["text_config"], "rope_parameters": {"rope_theta": 1e9}}
+    plain_config = family.config_from_huggingface({**config, "text_config": plain})
+    assert isinstance(plain_config, Ministral3Config) and plain_config.query_scale is None
+    rope = {**config["text_config"]["rope_parameters"], "llama_4_scaling_beta": "much"}
+    with pytest.raises(CorruptFile, match="llama_4_scaling_beta='much'"):
+        family.config_from_huggingface({**config, "text_config": {**text, "rope_parameters": rope}})
 
 
 def test_qwen_ends_where_it_was_trained() -> None:
