@@ -15,6 +15,7 @@ from mlc_llm.api.resources import (
     Completions,
     Embeddings,
     Models,
+    Responses,
     engine_ids,
 )
 from mlc_llm.engine.config import EngineConfig, Mode, apply_overrides
@@ -51,6 +52,7 @@ class AsyncMLCEngine:
 
     chat: SimpleNamespace  # chat.completions: ChatCompletions
     completions: Completions
+    responses: Responses
     embeddings: Embeddings
     models: Models
 
@@ -109,6 +111,7 @@ class AsyncMLCEngine:
         owner = self._owner = Owner(models, close)
         self.chat = SimpleNamespace(completions=ChatCompletions(owner))
         self.completions = Completions(owner)
+        self.responses = Responses(owner)
         self.embeddings = Embeddings(owner)
         self.models = Models(owner)
 

@@ -1,4 +1,5 @@
-"""What an engine can be asked, under the names of OpenAI's client: chats, completions, embeddings.
+"""What an engine can be asked, under the names of OpenAI's client: chats, completions, responses,
+embeddings.
 
 Answers are made by `serve`, from the same requests that the server takes.
 """
@@ -17,6 +18,9 @@ from mlc_llm.serve.completions import complete, complete_stream
 from mlc_llm.serve.embeddings import EmbeddingRequest, EmbeddingResponse, embed
 from mlc_llm.serve.protocol.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionRequest
 from mlc_llm.serve.protocol.completions import MAX_PROMPTS, Completion, CompletionRequest
+from mlc_llm.serve.protocol.response_events import Response, ResponseEvent
+from mlc_llm.serve.protocol.responses import ResponseRequest
+from mlc_llm.serve.responses import RESPONSE_PREFIX, respond, respond_stream
 
 Chunk = TypeVar("Chunk")
 
@@ -60,12 +64,14 @@ def _answer_id(prefix: str, given: str | None) -> str:
 
 def engine_ids(request_id: str) -> list[str]:
     """Return by what ids an engine may know a request that programs call `request_id`."""
-    if request_id.startswith(CHAT_PREFIX):
+    if request_id.startswith((CHAT_PREFIX, RESPONSE_PREFIX)):
         return [request_id]
     first = _answer_id(TEXT_PREFIX, request_id)
     # Each prompt of a list is a request of its own to the engine.
     texts = [first, *(f"{first}-{number}" for number in range(1, MAX_PROMPTS))]
-    return texts if first == request_id else [CHAT_PREFIX + request_id, *texts]
+    if first == request_id:
+        return texts
+    return [CHAT_PREFIX + request_id, RESPONSE_PREFIX + request_id, *texts]
 
 
 class ChatCompletions:
@@ -124,6 +130,36 @@ class Completions:
             chunks = await complete_stream(model, request, request_id)
             return AsyncStream(request_id, chunks, self._owner)
         return await complete(model, request, request_id)
+
+
+class Responses:
+    """`responses`: responses to items of a conversation. Nothing is stored."""
+
+    def __init__(self, owner: Owner) -> None:
+        self._owner = owner
+
+    @overload
+    async def create(
+        self, *, stream: Literal[False] = False, request_id: str | None = None, **fields: Any
+    ) -> Response: ...
+    @overload
+    async def create(
+        self, *, stream: Literal[True], request_id: str | None = None, **fields: Any
+    ) -> AsyncStream[ResponseEvent]: ...
+    async def create(
+        self, *, stream: bool = False, request_id: str | None = None, **fields: Any
+    ) -> Response | AsyncStream[ResponseEvent]:
+        """Respond to `input`, whole or as a stream; in all else like `chat.completions.create`.
+
+        What fails on the way is told by the stream's last event, and raised after it.
+        """
+        request = read_request(ResponseRequest, {**fields, "stream": stream})
+        model = self._owner.models.find_chat(request.model)
+        request_id = _answer_id(RESPONSE_PREFIX, request_id)
+        if stream:
+            events = await respond_stream(model, request, request_id)
+            return AsyncStream(request_id, events, self._owner)
+        return await respond(model, request, request_id)
 
 
 class Embeddings:

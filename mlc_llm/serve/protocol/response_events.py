@@ -145,6 +145,12 @@ class Response(Answer):
     truncation: Literal["disabled"] = "disabled"
     usage: ResponseUsage | None = None
 
+    @property
+    def output_text(self) -> str:
+        """What the model says, without thoughts and calls."""
+        messages = [item for item in self.output if isinstance(item, OutputMessage)]
+        return "".join(part.text for message in messages for part in message.content)
+
     def model_post_init(self, context: Any) -> None:
         """Count what clients look for as set, so that it is written when it is null."""
         nulls = ("error", "incomplete_details", "previous_response_id", "usage", "completed_at")
