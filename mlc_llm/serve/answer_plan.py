@@ -146,9 +146,7 @@ def renamed(param: str) -> Iterator[None]:
 
 
 def template_variables(
-    model: ServedModel,
-    given: Mapping[str, Any] | None,
-    reasoning: Mapping[str, Any],
+    given: Mapping[str, Any] | None, reasoning: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return what the model's template is given: chat_template_kwargs, and what was asked by name.
 

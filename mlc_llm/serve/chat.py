@@ -8,6 +8,8 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
+from mlc_llm.serve.answer_plan import plan_answers, template_variables
+from mlc_llm.serve.chat_answer import AnswerWriter, deltas_of
 from mlc_llm.serve.generation import (
     EndReason,
     Generation,
@@ -19,7 +21,6 @@ from mlc_llm.serve.generation import (
 from mlc_llm.serve.logprobs import chat_logprobs
 from mlc_llm.serve.model import ServedModel
 from mlc_llm.serve.protocol.chat import (
-    AnswerMessage,
     ChatChoice,
     ChatCompletion,
     ChatCompletionChunk,
@@ -27,10 +28,13 @@ from mlc_llm.serve.protocol.chat import (
     ChatLogprobs,
     ChoiceDelta,
     ChunkChoice,
+    FinishReason,
 )
 from mlc_llm.serve.protocol.messages import template_messages
 from mlc_llm.serve.protocol.usage import Usage
+from mlc_llm.serve.response_format import grammar_of
 from mlc_llm.text.prompt import Prompt
+from mlc_llm.text.reasoning import reasoning_variables
 
 _ID_PREFIX = "chatcmpl-"
 
@@ -45,28 +49,28 @@ async def chat(
     """
     generation = await start_chat(model, request, request_id)
     count = request.num_choices
-    texts: list[list[str]] = [[] for _ in range(count)]
+    answers = [AnswerWriter(request.include_reasoning is not False) for _ in range(count)]
     tokens: list[list[PlacedToken]] = [[] for _ in range(count)]
-    reasons: list[EndReason] = ["stop"] * count
+    reasons: list[FinishReason] = ["stop"] * count
     async with aclosing(generation.pieces()) as arriving:
         async for pieces in arriving:
             for piece in pieces:
-                texts[piece.index].append(piece.text)
+                answers[piece.index].take(piece)
                 tokens[piece.index] += piece.tokens
                 if piece.finish_reason is not None:
-                    reasons[piece.index] = piece.finish_reason
+                    reasons[piece.index] = _reason_of(piece.finish_reason, piece.has_calls)
     return ChatCompletion(
         **_head(model, request, request_id),
         choices=[
             ChatChoice(
                 index=index,
-                message=AnswerMessage(content="".join(texts[index])),
+                message=answers[index].message(),
                 logprobs=_logprobs(model, request, tokens[index]),
                 finish_reason=reasons[index],
             )
             for index in range(count)
         ],
-        usage=_usage(generation),
+        usage=_usage(model, generation),
     )
 
 
@@ -97,7 +101,8 @@ async def _chunks(
                 for choice in _read_piece(model, request, piece, is_first):
                     yield ChatCompletionChunk(**head, choices=[choice])
     if request.includes_usage:
-        yield ChatCompletionChunk(**{**head, "usage": _usage(generation)}, choices=[])
+        usage = _usage(model, generation)
+        yield ChatCompletionChunk(**{**head, "usage": usage}, choices=[])
 
 
 def _read_piece(
@@ -108,12 +113,13 @@ def _read_piece(
     if is_first:
         delta = ChoiceDelta(role="assistant", content="", refusal=None)
         choices.append(ChunkChoice(index=index, delta=delta))
-    if piece.text or piece.tokens:
-        delta = ChoiceDelta(content=piece.text)
-        logprobs = _logprobs(model, request, piece.tokens)
+    logprobs = _logprobs(model, request, piece.tokens)
+    for delta in deltas_of(piece, request.include_reasoning is not False):
         choices.append(ChunkChoice(index=index, delta=delta, logprobs=logprobs))
+        logprobs = None  # they are told once
     if piece.finish_reason is not None:
-        end = ChunkChoice(index=index, delta=ChoiceDelta(), finish_reason=piece.finish_reason)
+        reason = _reason_of(piece.finish_reason, piece.has_calls)
+        end = ChunkChoice(index=index, delta=ChoiceDelta(), finish_reason=reason)
         choices.append(end)
     return choices
 
@@ -125,6 +131,15 @@ async def start_chat(
     params = sampling_params(model, request, request.max_new_tokens, request.num_logprobs)
     # Templates run in another process and long texts take time: neither holds up the event loop.
     prompt = await asyncio.to_thread(_prompt_of, model, request)
+    plan = await asyncio.to_thread(
+        plan_answers,
+        model,
+        prompt.token_ids,
+        request.tool_use,
+        content_grammar=grammar_of(request.response_format),
+        splits_reasoning=request.separate_reasoning is not False,
+        holds_calls=not request.stream,
+    )
     engine_id = request.request_id or request_id
     return await start_generation(
         model,
@@ -133,6 +148,8 @@ async def start_chat(
         prompt.token_ids,
         params,
         n=request.num_choices,
+        plan=plan,
+        grammar=plan.grammar,
         images=prompt.images,
     )
 
@@ -140,16 +157,24 @@ async def start_chat(
 async def count_prompt_tokens(model: ServedModel, request: ChatCompletionRequest) -> int:
     """Return how many tokens the prompt of a conversation has. Raises as `chat` does."""
     prompt = await asyncio.to_thread(_prompt_of, model, request)
-    return len(prompt)
+    return len(prompt.token_ids)
 
 
 def _prompt_of(model: ServedModel, request: ChatCompletionRequest) -> Prompt:
+    wishes = reasoning_variables(
+        model.prompts.template_text, request.reasoning_effort, request.enable_thinking
+    )
     return model.prompts.build(
         template_messages(request.messages),
-        variables=request.chat_template_kwargs,
+        tools=request.tool_use.callable_tools,
+        variables=template_variables(request.chat_template_kwargs, wishes),
         add_generation_prompt=request.add_generation_prompt is not False,
         continue_final_message=bool(request.continue_final_message),
     )
+
+
+def _reason_of(reason: EndReason, has_calls: bool) -> FinishReason:
+    return "tool_calls" if has_calls and reason == "stop" else reason
 
 
 def _head(model: ServedModel, request: ChatCompletionRequest, request_id: str) -> dict[str, Any]:
@@ -172,9 +197,11 @@ def _logprobs(
     return chat_logprobs(tokens, model.token_bytes) if request.logprobs else None
 
 
-def _usage(generation: Generation) -> Usage:
+def _usage(model: ServedModel, generation: Generation) -> Usage:
+    thoughts = ["".join(text.thoughts) for text in generation.texts]
     return Usage.count(
         generation.num_prompt_tokens,
         generation.num_completion_tokens,
         generation.num_cached_tokens,
+        sum(len(model.tokenizer.encode(text)) for text in thoughts if text),
     )

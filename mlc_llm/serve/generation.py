@@ -17,9 +17,11 @@ from mlc_llm.engine.sampling import SamplingParams
 from mlc_llm.engine.stream import RequestStream
 from mlc_llm.errors import RequestError
 from mlc_llm.images.inputs import PromptImage
+from mlc_llm.serve.answer_plan import AnswerPlan
 from mlc_llm.serve.model import ServedModel
 from mlc_llm.serve.protocol.generation import GenerationRequest
 from mlc_llm.serve.response_format import grammar_of
+from mlc_llm.text.events import AnswerParser, CallEnd, Event, Reasoning
 from mlc_llm.text.stream import TextStream
 
 EndReason = Literal["stop", "length"]
@@ -35,22 +37,40 @@ class PlacedToken:
 
 @dataclass
 class Piece:
-    """What arrived for one sequence: text, the tokens that are wholly in it, and maybe its end."""
+    """What arrived for one sequence: text, the tokens that are wholly in it, and maybe its end.
+
+    events: what the text means, where there is a parser; None where it is content alone.
+    has_calls: whether the sequence has called tools so far.
+    """
 
     index: int
     text: str = ""
     tokens: list[PlacedToken] = field(default_factory=list)
     finish_reason: EndReason | None = None
+    events: list[Event] | None = None
+    has_calls: bool = False
 
 
 class SequenceText:
     """The text side of one sequence.
 
-    num_tokens: those of the text, up to the one that completed a stop string.
+    num_tokens: those of the text, up to the one that completed a stop string. thoughts: the pieces
+    of its reasoning.
     """
 
-    def __init__(self, index: int, stream: TextStream) -> None:
+    def __init__(
+        self,
+        index: int,
+        stream: TextStream,
+        parser: AnswerParser | None = None,
+        max_calls: int = 0,
+    ) -> None:
+        """Take a stream, and a parser of its text; the text ends after max_calls calls, if any."""
         self.num_tokens = 0
+        self.thoughts: list[str] = []
+        self._parser = parser
+        self._max_calls = max_calls
+        self._num_calls = 0
         self.logprob_sum = 0.0
         self.finish_reason: EndReason | None = None
         self._index = index
@@ -83,9 +103,26 @@ class SequenceText:
                 self.finish_reason = "length" if output.finish_reason == "length" else "stop"
                 break
         piece.text = "".join(texts)
+        if self._parser is not None:
+            piece.events = self._parse(self._parser, piece.text)
+            piece.has_calls = self._num_calls > 0
         piece.tokens = self._take_tokens()
         piece.finish_reason = self.finish_reason
         return piece
+
+    def _parse(self, parser: AnswerParser, text: str) -> list[Event]:
+        events = parser.feed(text)
+        if self.finish_reason is not None:
+            events += parser.finish()
+        for number, event in enumerate(events):
+            if isinstance(event, Reasoning):
+                self.thoughts.append(event.text)
+            if isinstance(event, CallEnd):
+                self._num_calls += 1
+                if self._num_calls == self._max_calls:
+                    self.finish_reason = "stop"
+                    return events[: number + 1]
+        return events
 
     def _put(self, token_id: int, logprobs: TokenLogprobs | None) -> str:
         self.num_tokens += 1
@@ -173,11 +210,13 @@ async def start_generation(
     n: int,
     prompt_logprobs: int | None = None,
     continues_text: bool = False,
+    plan: AnswerPlan | None = None,
     grammar: GrammarSpec | None = None,
     images: tuple[PromptImage, ...] = (),
 ) -> Generation:
     """Queue a request; `continues_text` keeps the space between a prompt and what follows.
 
+    plan: how answers are read.
     grammar: what the answers must match, in place of what the request's response_format says.
     Raises QueueFull, EngineStopped, ContextTooLong or RequestError.
     """
@@ -193,10 +232,12 @@ async def start_generation(
         stop_token_ids |= model.prompts.stop_token_ids
         stop_texts += tuple(model.prompts.stop_strings)
     context = prompt if continues_text else ()
-    texts = [
-        SequenceText(index, TextStream(model.tokenizer, stop_texts, params.min_tokens, context))
-        for index in range(n)
-    ]
+    texts = []
+    for index in range(n):
+        parser = None if plan is None else plan.open_parser()
+        shown = () if plan is None or parser is None else plan.shown
+        text = TextStream(model.tokenizer, stop_texts, params.min_tokens, context, shown)
+        texts.append(SequenceText(index, text, parser, 0 if plan is None else plan.max_calls))
     stream = await model.worker.submit(
         Request(
             request_id,
@@ -207,8 +248,8 @@ async def start_generation(
             priority=request.priority or 0,
             cache_salt=request.cache_salt or "",
             prompt_logprobs=prompt_logprobs,
-            images=images,
             grammar=grammar and replace(grammar, continues_text=continues_text),
+            images=images,
         ),
         model.timeout_s,
     )

@@ -31,12 +31,14 @@ _SHOWN = {
 class AnswerFormats:
     """The formats of a model's answers.
 
-    reasoning: None where it marks no thoughts, and where channels do (gpt_oss).
+    reasoning: None where it marks no thoughts, and where channels do (gpt_oss). thinks_first: the
+    model begins its thoughts itself, unless a prompt ends them.
     """
 
     calls: CallFormat
     reasoning: ReasoningFormat | None
-    splits_channels: bool
+    splits_channels: bool = False
+    thinks_first: bool = False
 
     @classmethod
     def find(
@@ -54,8 +56,13 @@ class AnswerFormats:
         calls = own if tool_parser == AUTO else get_format(tool_parser)
         is_harmony = calls.reader == "harmony"
         reasoning = find_reasoning(reasoning_parser, template)
-        splits_channels = is_harmony and reasoning_parser != NONE
-        return cls(calls, None if is_harmony else reasoning, splits_channels)
+        return cls(
+            calls,
+            None if is_harmony else reasoning,
+            splits_channels=is_harmony and reasoning_parser != NONE,
+            # Templates that can be told not to let the model think are of models that do.
+            thinks_first=reasoning is not None and "enable_thinking" in (template or ""),
+        )
 
     @property
     def splits_reasoning(self) -> bool:

@@ -116,6 +116,11 @@ class Conversation:
         """Return the object that `from_json` reads."""
         return dataclasses.asdict(self)
 
+    @property
+    def has_system(self) -> bool:
+        """Whether there is a place for a system message."""
+        return _SYSTEM in self.system_template
+
     def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
         """Return the prompt text of messages with `role` and text `content`, open for an answer.
 

@@ -6,8 +6,10 @@ long a prompt may be, nor how tokens are made.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,15 @@ from mlc_llm.artifact import CHAT_CONFIG_NAME, CHAT_TEMPLATE_NAME, ChatConfig
 from mlc_llm.errors import CorruptFile, RequestError, TemplateError
 from mlc_llm.images.inputs import PromptImage
 from mlc_llm.images.reader import ImageReader
+from mlc_llm.text.answers import AnswerFormats
 from mlc_llm.text.chat_template import ChatTemplate, find_chat_template
 from mlc_llm.text.content import CheckedMessage, read_messages
 from mlc_llm.text.conversation import Conversation
+from mlc_llm.text.reasoning import AUTO
 from mlc_llm.text.settings import read_settings, special_tokens_of
 from mlc_llm.text.tokenizer import Tokenizer
+from mlc_llm.text.tool_calls.tools import Tool
+from mlc_llm.text.tool_prompt import ToolPrompts
 
 # Variables that templates are given anyway, or that would not be variables.
 _RESERVED_VARIABLES = frozenset(
@@ -50,10 +56,13 @@ class PromptBuilder:
         eos_token_ids: Sequence[int],
         vocab_size: int,
         images: ImageReader | None = None,
+        formats: AnswerFormats | None = None,
+        tool_template: ChatTemplate | None = None,
     ) -> None:
         """Keep the parts; owns `template`. With one, `conversation` only tells how answers end.
 
-        images: for models that take images, what reads them.
+        images: for models that take images, what reads them. formats: how the model answers, by
+        its template if left out. tool_template: the one for requests with tools, if it has two.
         """
         self.stop_token_ids = frozenset([*conversation.stop_token_ids, *eos_token_ids])
         self.stop_strings = [text for text in conversation.stop_str if text]
@@ -63,6 +72,16 @@ class PromptBuilder:
         self._vocab_size = vocab_size
         self._images = images
         self._takes_parts: bool | None = None  # not known yet
+        self._tool_template = tool_template
+        self.template_text = template_text(template, conversation)
+        self.formats = formats or AnswerFormats.find(self.template_text)
+        self._tools = self._tool_prompts()
+
+    def _tool_prompts(self) -> ToolPrompts:
+        form, template = self.formats.calls, self._tool_template or self._template
+        if template is None:
+            return ToolPrompts(form, None, None, self._conversation.has_system)
+        return ToolPrompts(form, template.source, partial(_render, template))
 
     @classmethod
     def load(
@@ -72,11 +91,15 @@ class PromptBuilder:
         tokenizer: Tokenizer,
         template: ChatTemplate | None = None,
         images: ImageReader | None = None,
+        *,
+        tool_parser: str = AUTO,
+        reasoning_parser: str = AUTO,
     ) -> PromptBuilder:
         """Read what the artifact says of prompts; `template` is what `load_template` returned.
 
-        A base model has no template, its messages are joined. Raises CorruptFile for a damaged
-        template and OptionError for an unknown named one.
+        A base model has no template, its messages are joined. tool_parser and reasoning_parser
+        name the formats of its answers. Raises CorruptFile for a damaged template and OptionError
+        for an unknown named one, or an unknown format.
         """
         where = str(directory / CHAT_CONFIG_NAME)
         if config.conv_template:
@@ -86,7 +109,19 @@ class PromptBuilder:
         if template is None:
             template = load_template(directory, config)
         eos_token_ids = _read_ids(config.eos_token_id, where)
-        return cls(tokenizer, conversation, template, eos_token_ids, config.vocab_size, images)
+        formats = AnswerFormats.find(
+            template_text(template, conversation), config.model_type, tool_parser, reasoning_parser
+        )
+        return cls(
+            tokenizer,
+            conversation,
+            template,
+            eos_token_ids,
+            config.vocab_size,
+            images,
+            formats,
+            load_tool_template(directory),
+        )
 
     def token_ids(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
         """Return the ids of a prompt, see `build`."""
@@ -96,6 +131,7 @@ class PromptBuilder:
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
+        tools: Sequence[Tool] = (),
         variables: Mapping[str, Any] | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
@@ -103,19 +139,23 @@ class PromptBuilder:
         """Return the prompt that asks for an answer to the messages.
 
         A message has a `role` and a `content`: text, or a list of parts of type "text" and, for
-        models that take images, "image_url". variables are given to the model's Jinja template.
+        models that take images, "image_url"; calls and results of tools are as OpenAI's messages
+        have them. tools are described to the model; variables are given to its Jinja template.
         Without add_generation_prompt the prompt ends with the last message; with
         continue_final_message it ends inside that one, the assistant's.
         Raises RequestError for other messages, and for options the model's template has no place
         for; TemplateError where it fails.
         """
         token = None if self._images is None else self._images.token
-        checked = read_messages(messages, token)
+        fitted = self._tools.fit(messages, tools)
+        checked = read_messages(fitted.messages, token)
         if self._template is not None:
             # A Jinja template writes the BOS token itself where the model wants one.
             _check_variables(variables or {})
-            text = self._template.render(
-                self._template_messages(checked),
+            template = (self._tool_template if tools else None) or self._template
+            text = template.render(
+                fitted.with_bare(self._template_messages(checked)),
+                tools=fitted.tools,
                 add_generation_prompt=add_generation_prompt and not continue_final_message,
                 **(variables or {}),
             )
@@ -191,8 +231,21 @@ class PromptBuilder:
 
     def close(self) -> None:
         """End the template's process."""
-        if self._template is not None:
-            self._template.close()
+        for template in (self._template, self._tool_template):
+            if template is not None:
+                template.close()
+
+
+def _render(template: ChatTemplate, messages: Any, tools: Any) -> str:
+    return template.render(messages, tools=tools)
+
+
+def template_text(template: ChatTemplate | None, conversation: Conversation) -> str:
+    """Return the text that shows what a model knows: that of its template, of either kind."""
+    if template is not None:
+        return template.source
+    text = json.dumps(conversation.to_json(), ensure_ascii=False)
+    return text + "</think>" if conversation.strip_reasoning_in_history else text
 
 
 def load_template(directory: Path, config: ChatConfig) -> ChatTemplate | None:
@@ -206,6 +259,16 @@ def load_template(directory: Path, config: ChatConfig) -> ChatTemplate | None:
     settings = read_settings(directory)
     source = find_chat_template(directory, settings)
     return None if source is None else ChatTemplate(source, special_tokens_of(settings))
+
+
+def load_tool_template(directory: Path) -> ChatTemplate | None:
+    """Return the template that a model brings for requests with tools beside its usual one."""
+    settings = read_settings(directory)
+    named = settings.get("chat_template")
+    for item in named if isinstance(named, list) else ():
+        if isinstance(item, Mapping) and item.get("name") == "tool_use":
+            return ChatTemplate(str(item.get("template")), special_tokens_of(settings))
+    return None
 
 
 def _refuse_other_fields(messages: Sequence[Mapping[str, Any]], name: str) -> None:

@@ -106,6 +106,8 @@ class ToolPrompts:
         Calls are as OpenAI's messages have them. Raises RequestError for results of no call and
         for arguments that are no object.
         """
+        if not _are_messages(messages):
+            return ToolMessages(messages)  # type: ignore[arg-type]  # whoever reads them says so
         told = [self._with_thoughts(message) for message in messages]
         if not tools and not any(_is_about_tools(message) for message in told):
             return ToolMessages(told)
@@ -245,6 +247,12 @@ def _find_abilities(render: Render) -> Abilities:
                     form: Any = kind
                     return Abilities(tools, form, content, results, has_system)
     return Abilities(tools, system=has_system)
+
+
+def _are_messages(messages: object) -> bool:
+    return isinstance(messages, list | tuple) and all(
+        isinstance(message, Mapping) for message in messages
+    )
 
 
 def _is_about_tools(message: Mapping[str, Any]) -> bool:

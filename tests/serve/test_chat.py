@@ -435,7 +435,8 @@ def test_abort_by_id_ends_the_answer() -> None:
 def test_template_gets_history_and_variables() -> None:
     source = (
         "{% for m in messages %}[{{ m.role }}{% if m.tool_calls %}"
-        "{{ m.tool_calls[0].function.name }}{% endif %}{% if m.tool_call_id %}"
+        "{{ m.tool_calls[0].function.name }}{{ m.tool_calls[0].function.arguments | tojson }}"
+        "{% endif %}{% if m.tool_call_id %}"
         "={{ m.tool_call_id }}{% endif %}]{{ m.content }}{% endfor %}{{ mood }}"
         "{% if add_generation_prompt %}<|im_start|>{% endif %}"
     )
@@ -451,7 +452,7 @@ def test_template_gets_history_and_variables() -> None:
         },
         {"role": "tool", "tool_call_id": "1", "content": "t"},
     ]
-    expected = "[system]s[user]uv[assistantf][tool=1]t"
+    expected = "[system]s[user]uv[assistantf{}][tool=1]t"
 
     async def work() -> None:
         async with scripted("a", template=ChatTemplate(source)) as model:

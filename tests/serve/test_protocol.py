@@ -19,6 +19,8 @@ from mlc_llm.serve.protocol.completions import CompletionRequest
 from mlc_llm.serve.protocol.messages import template_messages
 
 MESSAGES = [{"role": "user", "content": "hello"}]
+FUNCTION = {"type": "function", "function": {"name": "f"}}
+NAMED = {"type": "function", "function": {"name": "f"}}
 
 
 def chat(**fields: Any) -> ChatCompletionRequest:
@@ -61,7 +63,9 @@ def test_null_is_as_good_as_nothing() -> None:
         {"user": "me", "metadata": {"a": "b"}, "safety_identifier": "x", "prompt_cache_key": "k"},
         {"store": False, "service_tier": "default", "parallel_tool_calls": True},
         {"tools": [], "tool_choice": "auto"},
-        {"tools": [{"type": "function"}], "tool_choice": "none"},
+        {"tools": [FUNCTION], "tool_choice": "none", "parallel_tool_calls": False},
+        {"tools": [FUNCTION], "tool_choice": NAMED, "parallel_tool_calls": None},
+        {"reasoning_effort": "high", "enable_thinking": True, "separate_reasoning": False},
         {"response_format": {"type": "text"}, "modalities": ["text"], "verbosity": "medium"},
         {"stream": True, "stream_options": {"include_obfuscation": False}},
         {"keep_alive": "5m", "cache_prompt": True, "skip_special_tokens": True},
@@ -76,7 +80,16 @@ def test_harmless_fields_are_taken(fields: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "fields",
     [
-        {"tools": [{"type": "function", "function": {"name": "f"}}]},
+        {"tools": [{"type": "function"}]},
+        {"tools": [{"type": "web_search"}]},
+        {"tools": [{"type": "function", "function": {"name": "f g"}}]},
+        {"tools": [{"type": "function", "function": {"name": "f" * 65}}]},
+        {"tools": [{"type": "function", "function": {"name": "f", "parameters": []}}]},
+        {"tools": [FUNCTION] * 129},
+        {"tool_choice": NAMED},
+        {"tool_choice": "any"},
+        {"parallel_tool_calls": 1},
+        {"reasoning_effort": "much"},
         {"functions": [{"name": "f"}]},
         {"tool_choice": "required"},
         {"function_call": {"name": "f"}},
@@ -86,7 +99,6 @@ def test_harmless_fields_are_taken(fields: dict[str, Any]) -> None:
         {"audio": {"voice": "a"}},
         {"prediction": {"type": "content", "content": ""}},
         {"web_search_options": {}},
-        {"reasoning_effort": "high"},
         {"verbosity": "low"},
         {"moderation": {"model": "m"}},
         {"store": True},

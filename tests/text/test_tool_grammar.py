@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from small_tokenizers import CHATML_TOKENS, byte_level
@@ -39,11 +40,13 @@ def end_reader() -> object:
     READER.close()
 
 
-def matcher(name: str, use: ToolUse, *, has_tokens: bool = True) -> Callable[[str], bool]:
+def matcher(
+    name: str, use: ToolUse, *, has_tokens: bool = True, content: dict[str, Any] | None = None
+) -> Callable[[str], bool]:
     """Return what says whether a whole answer matches the grammar."""
     shape = SHAPES[name]
     ids = {text: TOKENIZER.token_to_id(text) or 0 for text in shape.special if has_tokens}
-    source = call_grammar(shape, use, ids)
+    source = call_grammar(shape, use, ids, content)
     assert source is not None
     grammar = READER.read("lark", source, True)
 
@@ -115,6 +118,32 @@ def test_thoughts_on_a_channel_come_before_the_call() -> None:
     free = matcher("gpt_oss", ToolUse(TOOLS, "auto"))
     assert free(thought + call) and free(f"{thought}<|channel|>final<|message|>No.")
     assert not free(thought + SHAPES["gpt_oss"].write([BAD]))
+
+
+@pytest.mark.parametrize("name", ["hermes", "llama", "json", "mistral", "gpt_oss"])
+def test_answer_is_calls_or_json_where_content_has_a_schema(name: str) -> None:
+    matches = matcher(name, ToolUse((LOOSE, STRICT)), content=CITY)
+    write, head = SHAPES[name].write, "<|channel|>final<|message|>" if name == "gpt_oss" else ""
+    assert matches(write([GOOD])) and matches(head + '{"city": "Paris"}')
+    assert not matches(write([BAD])) and not matches(head + '{"town": "Paris"}')
+    assert not matches(head + "Paris")
+    alone = matcher(name, ToolUse(), content=CITY)
+    assert alone(head + '{"city": "Paris"}') and not alone(write([GOOD]))
+
+
+def test_references_of_several_schemas_do_not_mix() -> None:
+    def listing(kind: str) -> dict[str, Any]:
+        return {
+            "type": "object",
+            "properties": {"x": {"$ref": "#/$defs/T"}},
+            "required": ["x"],
+            "$defs": {"T": {"type": kind}},
+        }
+
+    tool = Tool("f", None, listing("integer"), strict=True)
+    matches = matcher("json", ToolUse((tool,)), content=listing("boolean"))
+    assert matches('{"name": "f", "arguments": {"x": 1}}') and matches('{"x": true}')
+    assert not matches('{"name": "f", "arguments": {"x": true}}') and not matches('{"x": 1}')
 
 
 @pytest.mark.parametrize("name", ["hermes", "phi", "mistral"])

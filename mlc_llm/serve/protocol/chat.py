@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, StrictBool
@@ -10,12 +11,15 @@ from mlc_llm.errors import RequestError
 from mlc_llm.serve.protocol.base import Answer, whole
 from mlc_llm.serve.protocol.generation import GenerationRequest
 from mlc_llm.serve.protocol.messages import Messages
+from mlc_llm.serve.protocol.tools import AnswerCall, ToolChoice, Tools, read_tool_use
 from mlc_llm.serve.protocol.usage import Usage
+from mlc_llm.text.reasoning import ReasoningEffort
+from mlc_llm.text.tool_calls.tools import ToolUse
 
 MAX_TOP_LOGPROBS = 20
 _MAX_TEMPLATE_VARIABLES = 64
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "tool_calls"]
 
 
 class ChatCompletionRequest(GenerationRequest):
@@ -23,10 +27,19 @@ class ChatCompletionRequest(GenerationRequest):
 
     Beyond OpenAI's: chat_template_kwargs, variables for the model's chat template;
     add_generation_prompt, false to end the prompt with the last message; continue_final_message,
-    true to go on writing the last message, one of the assistant's.
+    true to go on writing the last message, one of the assistant's; enable_thinking, whether the
+    model is to reason; separate_reasoning, false to leave reasoning in the content;
+    include_reasoning, false to leave it out of the answer.
     """
 
     messages: Messages
+    tools: Tools | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: StrictBool | None = None
+    reasoning_effort: ReasoningEffort | None = None
+    enable_thinking: StrictBool | None = None
+    separate_reasoning: StrictBool | None = None
+    include_reasoning: StrictBool | None = None
     max_tokens: Annotated[int, whole(1)] | None = Field(
         None, description="Older name of max_completion_tokens."
     )
@@ -38,6 +51,11 @@ class ChatCompletionRequest(GenerationRequest):
     ) = None
     add_generation_prompt: StrictBool | None = None
     continue_final_message: StrictBool | None = None
+
+    @cached_property
+    def tool_use(self) -> ToolUse:
+        """The tools and the choice between them. Raises RequestError."""
+        return read_tool_use(self.tools, self.tool_choice, self.parallel_tool_calls)
 
     @property
     def max_new_tokens(self) -> int | None:
@@ -52,6 +70,7 @@ class ChatCompletionRequest(GenerationRequest):
     def model_post_init(self, context: Any) -> None:
         """Check fields against each other. Raises RequestError."""
         super().model_post_init(context)
+        assert self.tool_use is not None  # it is read once, and here
         old, new = self.max_tokens, self.max_completion_tokens
         if old is not None and new is not None and old != new:
             raise RequestError(
@@ -94,6 +113,8 @@ class AnswerMessage(Answer):
 
     role: Literal["assistant"] = "assistant"
     content: str | None
+    reasoning_content: str | None = None
+    tool_calls: list[AnswerCall] | None = None
     refusal: str | None = None
     annotations: list[Any] = Field(default=[], description="Empty: no answer cites anything.")
 
@@ -124,11 +145,29 @@ class ChatCompletion(Answer):
     system_fingerprint: str | None = None
 
 
+class DeltaFunction(Answer):
+    """More of a call: first the name, then pieces of the arguments' JSON text."""
+
+    name: str | None = None
+    arguments: str | None = None
+
+
+class DeltaCall(Answer):
+    """The index-th call of an answer; the first piece brings id, type and name."""
+
+    index: int
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: DeltaFunction
+
+
 class ChoiceDelta(Answer):
     """What a chunk adds to an answer."""
 
     role: Literal["assistant"] | None = None
     content: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[DeltaCall] | None = None
     refusal: str | None = None
 
 

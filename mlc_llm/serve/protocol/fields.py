@@ -29,8 +29,13 @@ class CheckedBody(RequestBody):
 
     @classmethod
     def refuse_unsupported(cls, values: Mapping[str, Any]) -> None:
-        """Raise RequestError for a field that would change the answer and is not supported."""
+        """Raise RequestError for a field that would change the answer and is not supported.
+
+        A field of a table that a class declares itself is one that it supports.
+        """
         for name, (harmless, reason) in cls.refused.items():
+            if cls.model_fields[name].annotation is not Any:
+                continue
             value = values.get(name)
             if value is None or any(_is_same(value, other) for other in harmless):
                 continue

@@ -18,7 +18,7 @@ _WITHOUT_EFFECT: WithoutEffect = {
     "prompt_cache_key": "equal beginnings of prompts are found without it; see cache_salt",
     "prompt_cache_options": "the prefix cache keeps what was used last",
     "prompt_cache_retention": "the prefix cache keeps what was used last",
-    "parallel_tool_calls": "there are no tool calls",
+    "parallel_tool_calls": "there are no tool calls in completions",
     # Other servers': where the model and its cache stay, what is told beside the answer.
     "keep_alive": "the model stays loaded",
     "cache_prompt": "the prefix cache changes no answer",
@@ -26,18 +26,20 @@ _WITHOUT_EFFECT: WithoutEffect = {
     "timings_per_token": "times are in /metrics",
 }
 _USE_FORMAT = "use response_format"
-_NO_TOOLS = "this release does not call tools"
+_NO_TOOLS = "tools are for v1/chat/completions"
+_USE_TOOLS = "use tools and tool_choice"
+_NOT_SPLIT = "reasoning is part of a completion's text"
 _NO_BEAMS = "answers are sampled one by one; for the likeliest tokens use temperature 0"
 _REFUSED: Refused = {
     "tools": (([],), _NO_TOOLS),
-    "functions": (([],), _NO_TOOLS),
+    "functions": (([],), _USE_TOOLS),
     "tool_choice": (("none", "auto"), _NO_TOOLS),
-    "function_call": (("none", "auto"), _NO_TOOLS),
+    "function_call": (("none", "auto"), _USE_TOOLS),
     "modalities": ((["text"],), "answers are text only"),
     "audio": ((), "answers are text only"),
     "prediction": ((), "predicted outputs are not used"),
     "web_search_options": ((), "the server does not search the web"),
-    "reasoning_effort": ((), "where the model's template knows it, use chat_template_kwargs"),
+    "reasoning_effort": ((), "completions have no chat template, which would be told of it"),
     "verbosity": (("medium",), "say in the messages how long the answer should be"),
     "moderation": ((), "there is no moderation model"),
     "store": ((False,), "the server stores no answers"),
@@ -61,8 +63,8 @@ _REFUSED: Refused = {
     "prompt_logprobs": ((), "ask for completions with echo and logprobs"),
     "typical_p": ((1, 1.0), "use top_p or min_p"),
     "mirostat": ((0,), "use top_p or min_p"),
-    "include_reasoning": ((True,), "reasoning is part of the answer's text"),
-    "separate_reasoning": ((False,), "reasoning is part of the answer's text"),
+    "include_reasoning": ((True,), _NOT_SPLIT),
+    "separate_reasoning": ((False,), _NOT_SPLIT),
 }
 
 

@@ -13,7 +13,7 @@ class PromptTokensDetails(BaseModel):
 
 
 class CompletionTokensDetails(BaseModel):
-    """Of the answer's tokens: kinds that this server does not make."""
+    """Of the answer's tokens: those of reasoning, and kinds that this server does not make."""
 
     reasoning_tokens: int = 0
     audio_tokens: int = 0
@@ -31,11 +31,18 @@ class Usage(BaseModel):
     completion_tokens_details: CompletionTokensDetails = CompletionTokensDetails()
 
     @classmethod
-    def count(cls, prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> Usage:
+    def count(
+        cls,
+        prompt_tokens: int,
+        completion_tokens: int,
+        cached_tokens: int,
+        reasoning_tokens: int = 0,
+    ) -> Usage:
         """Return the usage of these numbers of tokens."""
         return cls(
             prompt_tokens=prompt_tokens,
             completion_tokens=completion_tokens,
             total_tokens=prompt_tokens + completion_tokens,
             prompt_tokens_details=PromptTokensDetails(cached_tokens=cached_tokens),
+            completion_tokens_details=CompletionTokensDetails(reasoning_tokens=reasoning_tokens),
         )

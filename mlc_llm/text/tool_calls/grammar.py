@@ -6,7 +6,7 @@ A pure function of texts; what compiles and enforces grammars is elsewhere.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mlc_llm.text.tool_calls.tools import CallShape, Tool, ToolUse
@@ -18,24 +18,38 @@ _ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
 _HARMONY_START = "<|start|>"
 
 
-def call_grammar(shape: CallShape, use: ToolUse, token_ids: Mapping[str, int]) -> str | None:
+def call_grammar(
+    shape: CallShape,
+    use: ToolUse,
+    token_ids: Mapping[str, int],
+    content: Mapping[str, Any] | bool | None = None,
+) -> str | None:
     """Return the grammar that answers must match, or None where they are free.
 
     token_ids: those of the texts in `shape.special` that are special tokens of the vocabulary,
     which no text can spell. With the choice `required`, the answer is one call or more; with
     `auto` it is free text in which calls of strict tools keep to their schemas, or the whole
-    answer is such calls.
+    answer is such calls. content: the schema of an answer that is no call, where it has one.
     """
     tools = use.callable_tools
-    if not tools or (use.choice == "auto" and not any(tool.strict for tool in tools)):
+    is_free = use.choice != "required" and content is None
+    if (is_free and not any(tool.strict for tool in tools)) or not (tools or content is not None):
         return None
     limit = shape.max_calls if use.parallel and use.name is None else 1
     writer = _Writer(shape, token_ids)
     rules = ["%llguidance {}"]
-    if use.choice == "auto":
-        rules += writer.free_text(limit)
-    else:
+    if use.choice == "required":
         rules += writer.required(limit or MAX_CALLS)
+    elif content is None:
+        rules += writer.free_text(limit)
+    elif tools and not shape.trigger and _HARMONY_START not in shape.special:
+        # Calls are JSON too, so what comes after a bracket tells which it is.
+        options = [_call_schema(shape, tool, bound=tool.strict) for tool in tools] + [content]
+        return "\n".join([*rules, f"start: %json {json.dumps(_any_of(options))}", ""])
+    else:
+        rules += writer.calls_or_json(limit or MAX_CALLS, content, has_tools=bool(tools))
+    if not tools:
+        return "\n".join([*rules, ""])
     for number, tool in enumerate(tools):
         is_bound = tool.strict or use.choice != "auto"
         rules += writer.tool(number, tool, tool.schema if is_bound else _ANY_OBJECT)
@@ -97,6 +111,29 @@ class _Writer:
         repeat = "?" if limit == 1 else f"{{0,{MAX_CALLS}}}"
         return [f"start: block{repeat} TEXT", f"block: {block}", before, text]
 
+    def calls_or_json(
+        self, limit: int, schema: Mapping[str, Any] | bool, *, has_tools: bool
+    ) -> list[str]:
+        """Return the rules of an answer that is calls or JSON."""
+        shape = self._shape
+        written = schema if isinstance(schema, bool) else {**schema, "x-guidance": _SPACING}
+        json_rule = f"json: %json {json.dumps(written)}"
+        calls = self._join(
+            self._text(shape.open), self._list_of("call", limit), self._text(shape.close)
+        )
+        if _HARMONY_START not in shape.special:
+            return [f"start: {calls} | json" if has_tools else "start: json", json_rule]
+        message = self._text("<|message|>")
+        return [
+            "start: thought* (call | final)" if has_tools else "start: thought* final",
+            f"thought: {self._text('<|channel|>')} CHANNEL {message} TEXT "
+            f"{self._text('<|end|><|start|>assistant')}",
+            f"final: {self._text('<|channel|>final<|message|>')} json",
+            'CHANNEL: "analysis" | "commentary"',
+            "TEXT: /(.|\\n)*/",
+            json_rule,
+        ]
+
     def tool(self, number: int, tool: Tool, schema: Mapping[str, Any]) -> list[str]:
         """Return the rules of calls of one tool."""
         shape = self._shape
@@ -137,6 +174,38 @@ class _Writer:
     @staticmethod
     def _join(*parts: str) -> str:
         return " ".join(part for part in parts if part)
+
+
+def _call_schema(shape: CallShape, tool: Tool, *, bound: bool) -> dict[str, Any]:
+    """Return the schema of a call in a shape that is one JSON object."""
+    key = shape.middle.split('"')[-2]
+    arguments = _moved(_closed(tool.schema) if bound else _ANY_OBJECT, f"#/properties/{key}")
+    return {
+        "type": "object",
+        "properties": {"name": {"const": tool.name}, key: arguments},
+        "required": ["name", key],
+        "additionalProperties": False,
+    }
+
+
+def _any_of(options: Sequence[Mapping[str, Any] | bool]) -> dict[str, Any]:
+    moved = [_moved(option, f"#/anyOf/{place}") for place, option in enumerate(options)]
+    return {"anyOf": moved, "x-guidance": _SPACING}
+
+
+def _moved(value: Any, to: str) -> Any:
+    """Return a schema whose references are right when it is put where the pointer `to` says."""
+    if isinstance(value, list):
+        return [_moved(item, to) for item in value]
+    if not isinstance(value, Mapping):
+        return value
+    return {
+        key: to + item.removeprefix("#")
+        if key == "$ref" and isinstance(item, str)
+        else _moved(item, to)
+        for key, item in value.items()
+        if key != "x-guidance"
+    }
 
 
 def _closed(schema: Mapping[str, Any]) -> dict[str, Any]:
