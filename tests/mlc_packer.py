@@ -18,6 +18,7 @@ import ml_dtypes
 import mlc_names_deepseek
 import mlc_names_dense
 import mlc_names_gpt
+import mlc_names_gpt_oss
 import mlc_names_llama4
 import mlc_names_moe
 import mlc_names_recurrent
@@ -144,6 +145,9 @@ def fuse(config: Mapping[str, Any], weights: Mapping[str, Array]) -> Iterator[tu
         return
     if config["model_type"] in mlc_names_gpt.MODEL_TYPES:
         yield from mlc_names_gpt.fuse(config, weights)
+        return
+    if config["model_type"] in mlc_names_gpt_oss.MODEL_TYPES:
+        yield from mlc_names_gpt_oss.fuse(config, weights)
         return
     if config["model_type"] in mlc_names_moe.MODEL_TYPES:
         yield from mlc_names_moe.fuse(config, weights)
@@ -274,6 +278,9 @@ def make_model_config(
     if config["model_type"] in mlc_names_gpt.MODEL_TYPES:
         limits = {"context_window_size": context, "prefill_chunk_size": chunk}
         return {**mlc_names_gpt.model_config(config), **limits, "tensor_parallel_shards": 1}
+    if config["model_type"] in mlc_names_gpt_oss.MODEL_TYPES:
+        limits = {"context_window_size": context, "prefill_chunk_size": chunk}
+        return {**mlc_names_gpt_oss.model_config(config), **limits, "max_batch_size": 128}
     if config["model_type"] in mlc_names_recurrent.MODEL_TYPES:
         limits = {"context_window_size": context, "prefill_chunk_size": chunk}
         return {**mlc_names_recurrent.model_config(config), **limits, "max_batch_size": 1}

@@ -9,6 +9,7 @@ import numpy as np
 import numpy_deepseek
 import numpy_dense
 import numpy_gpt
+import numpy_gpt_oss
 import numpy_llama4
 import numpy_model
 import numpy_recurrent
@@ -25,6 +26,8 @@ def forward(
         return numpy_deepseek.forward(config, weights, token_ids)
     if config["model_type"] in numpy_gpt.MODEL_TYPES:
         return numpy_gpt.forward(config, weights, token_ids)
+    if config["model_type"] in numpy_gpt_oss.MODEL_TYPES:
+        return numpy_gpt_oss.forward(config, weights, token_ids)
     if config["model_type"] in numpy_llama4.MODEL_TYPES:
         return numpy_llama4.forward(config, weights, token_ids)
     if config["model_type"] in numpy_recurrent.MODEL_TYPES:

@@ -94,6 +94,11 @@ FEATURES = [
         )
     ),
     ("chatglm", {"rope_ratio": 1.0}),
+    ("gpt_oss", {"sliding_window": 10}),
+    ("gpt_oss", {"layer_types": ["sliding_attention", *["full_attention"] * 2]}),
+    ("gpt_oss", {"num_experts_per_tok": 3}),
+    ("gpt_oss", {"swiglu_alpha": 1.702}),
+    ("gpt_oss", {"swiglu_limit": 7.0}),
 ]
 
 
@@ -138,6 +143,7 @@ def test_feature_shows_in_logits(name: str, edit: dict[str, Any]) -> None:
         ("nemotron", 5),
         ("starcoder2", 17),
         ("chatglm", 2),
+        ("gpt_oss", 24),
         ("qwen", 2),
     ],
 )
@@ -145,7 +151,7 @@ def test_every_bias_shows_in_logits(name: str, count: int) -> None:
     case = get_case(name)
     reference = case.load()
     weights = read_weights(case.directory)
-    biases = [name for name in weights if name.endswith(".bias")]
+    biases = [name for name in weights if name.endswith(("bias", ".sinks"))]
     assert len(biases) == count
     for bias in biases:
         changed = {**weights, bias: np.zeros_like(weights[bias])}

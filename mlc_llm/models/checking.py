@@ -44,6 +44,15 @@ def check_fields(config: Any) -> None:
             )
 
 
+def check_layer_types(kinds: Any, num_layers: int, known: tuple[str, ...]) -> None:
+    """Raise CorruptFile unless `layer_types` is None or names a known kind for each layer."""
+    if kinds is not None and (len(kinds) != num_layers or not set(kinds) <= set(known)):
+        raise CorruptFile(
+            f"model configuration: layer_types must name {' or '.join(known)} for each of "
+            f"{num_layers} layers, it is {kinds!r:.200}"
+        )
+
+
 @contextlib.contextmanager
 def configuration_errors() -> Iterator[None]:
     """Turn what strange values in a configuration may raise into CorruptFile."""

@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 
 from tvm.relax.frontend import nn
 
-from mlc_llm.errors import CorruptFile
 from mlc_llm.kernels.cpu.attention import AttentionShape
 from mlc_llm.models.base import CausalLM, Family, build_decoder
+from mlc_llm.models.checking import check_layer_types
 from mlc_llm.models.gemma import GemmaConfig, GemmaLM, norms_plus_one
 from mlc_llm.models.llama import FUSED, LlamaAttention, attention_shape
 from mlc_llm.nn import ops, row_ops
@@ -41,14 +41,7 @@ class Gemma2Config(GemmaConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        kinds = self.layer_types
-        if kinds is None:
-            return
-        if len(kinds) != self.num_hidden_layers or not set(kinds) <= {_LOCAL, _GLOBAL}:
-            raise CorruptFile(
-                f"model configuration: layer_types must name {_LOCAL} or {_GLOBAL} for each of "
-                f"{self.num_hidden_layers} layers, it is {kinds!r:.200}"
-            )
+        check_layer_types(self.layer_types, self.num_hidden_layers, (_LOCAL, _GLOBAL))
 
     @classmethod
     def huggingface_fields(cls, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -65,6 +65,13 @@ def gated(x: nn.Tensor, name: str, is_gate_first: bool = True) -> nn.Tensor | Ro
     return emit(f"{kind}_mul", kernel, [x], [x.shape[0], width])
 
 
+def bounded_swiglu(x: nn.Tensor, alpha: float, limit: float) -> nn.Tensor:
+    """Return what the bounded gate and up of x (n, 2 * width) float32, [gate; up], make."""
+    width = int(x.shape[1]) // 2
+    kernel = kernel_of(activation_kernels.bounded_swiglu, width, float(alpha), float(limit))
+    return emit("bounded_swiglu", kernel, [x], [x.shape[0], width])
+
+
 def clip(x: nn.Tensor, bound: float) -> nn.Tensor:
     """Return x within +-bound; x (n, width) float32."""
     kernel = kernel_of(activation_kernels.clip, int(x.shape[1]), float(bound))

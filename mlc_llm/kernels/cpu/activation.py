@@ -89,6 +89,23 @@ def gated(width: int, kind: str, is_gate_first: bool) -> Any:
     return _row_kernel(2 * width, width, compute)
 
 
+def bounded_swiglu(width: int, alpha: float, limit: float) -> Any:
+    """Activate the gate and multiply: [gate; up] (n, 2 * width) float32 -> (n, width).
+
+    gate * sigmoid(alpha * gate) * (up + 1), where gates are at most the limit and the others
+    within +-limit (OpenAI 2025, gpt-oss model card, section 2.2).
+    """
+
+    def compute(x: Any, i: Any, row: Any, lanes: int) -> Any:
+        low, high = splat(T.float32(-limit), lanes), splat(T.float32(limit), lanes)
+        gate = T.min(x[row, span(i, lanes)], high)
+        up = T.max(T.min(x[row, span(width + i, lanes)], high), low)
+        active = _sigmoid_times(gate, gate * splat(T.float32(alpha), lanes), lanes)
+        return active * (up + splat(T.float32(1), lanes))
+
+    return _row_kernel(2 * width, width, compute)
+
+
 def _apply(x: Any, row: Any, start: Any, lanes: int, kind: str) -> Any:
     return ACTIVATIONS[kind](x[row, span(start, lanes)], lanes)
 

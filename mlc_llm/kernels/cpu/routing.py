@@ -343,6 +343,16 @@ def add_expert_bias(num_experts: int, top_k: int, width: int, dtype: str) -> Any
     lanes = vector_lanes(width)
     vector = lane_dtype("float32", lanes)
 
+    @T.macro
+    def one_token(
+        y: T.handle, experts: T.handle, bias: T.handle, out: T.handle, t: T.int32
+    ) -> None:
+        for j in T.serial(top_k):
+            for i in T.serial(width // lanes):
+                out[t * top_k + j, span(i * lanes, lanes)] = y[
+                    t * top_k + j, span(i * lanes, lanes)
+                ] + T.Cast(vector, bias[experts[t, j], span(i * lanes, lanes)])
+
     @T.prim_func(private=True, s_tir=True)
     def add_expert_bias_kernel(
         y_handle: T.handle,
@@ -356,11 +366,11 @@ def add_expert_bias(num_experts: int, top_k: int, width: int, dtype: str) -> Any
         y = T.match_buffer(y_handle, (pairs, width), "float32")
         experts = T.match_buffer(experts_handle, (n, top_k), "int32")
         out = T.match_buffer(out_handle, (pairs, width), "float32")
-        for t in T.serial(n):
-            for j in T.serial(top_k):
-                for i in T.serial(width // lanes):
-                    out[t * top_k + j, span(i * lanes, lanes)] = y[
-                        t * top_k + j, span(i * lanes, lanes)
-                    ] + T.Cast(vector, bias[experts[t, j], span(i * lanes, lanes)])
+        if n < _PARALLEL_TOKENS:
+            for t in T.serial(n):
+                one_token(y, experts, bias, out, t)
+        else:
+            for t in T.parallel(n):
+                one_token(y, experts, bias, out, t)
 
     return add_expert_bias_kernel

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from mlc_llm.artifact import numpy_dtype
-from mlc_llm.kernels.cpu import elementwise
+from mlc_llm.kernels.cpu import activation, elementwise
 
 pytestmark = pytest.mark.cpu
 
@@ -47,6 +47,19 @@ def test_silu_mul_of_extremes_is_finite(build):
     gate = np.asarray([-1e30, -200, 200, 1e30], np.float32)
     found = kernel(np.concatenate([gate, np.ones(4, np.float32)])[None], shape=(1, 4))
     np.testing.assert_allclose(found[0], np.maximum(gate, 0), rtol=1e-6, atol=1e-6)
+
+
+def test_bounded_swiglu(build, rng):
+    kernel = build(activation.bounded_swiglu(37, 1.702, 2.0))
+    x = 3 * rng.standard_normal((13, 74)).astype(np.float32)
+    x[0, :3] = -1e30, -200, 1e30
+    x[0, 37:40] = 1e30, -1e30, 0
+    gate = np.minimum(x[:, :37].astype(np.float64), 2.0)
+    active = gate / (1 + np.exp(np.minimum(-1.702 * gate, 700)))
+    expected = active * (x[:, 37:].clip(-2.0, 2.0) + 1)
+    for n in (1, 13):
+        found = kernel(x[:n], shape=(n, 37))
+        np.testing.assert_allclose(found, expected[:n], rtol=2e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("width", WIDTHS)
