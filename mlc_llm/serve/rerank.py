@@ -11,12 +11,12 @@ from typing import Annotated, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, Field, StrictBool, StrictInt, StrictStr
+from pydantic import BaseModel, Field, StrictBool, StrictStr
 
 from mlc_llm.engine.embedding import EmbeddingModel, normalize
 from mlc_llm.errors import RequestError
 from mlc_llm.serve.embeddings import MAX_INPUTS, EmbeddingUsage
-from mlc_llm.serve.protocol.base import Answer, RequestBody
+from mlc_llm.serve.protocol.base import Answer, RequestBody, whole
 
 _Text = Annotated[StrictStr, Field(min_length=1)]
 
@@ -38,9 +38,9 @@ class RerankRequest(RequestBody):
     query: _Text
     documents: Annotated[list[_Text | Document], Field(min_length=1, max_length=MAX_INPUTS)]
     model: StrictStr | None = None
-    top_n: Annotated[StrictInt, Field(ge=1)] | None = None
+    top_n: Annotated[int, whole(1)] | None = None
     return_documents: StrictBool | None = None
-    truncate_prompt_tokens: Annotated[StrictInt, Field(ge=1)] | Literal[-1] | None = None
+    truncate_prompt_tokens: Annotated[int, whole(1)] | Literal[-1] | None = None
     user: StrictStr | None = None
 
 
