@@ -38,6 +38,31 @@ from mlc_llm.weights.gguf_parts import (
 
 ARCHITECTURES = {
     "llama": Architecture("llama", "LlamaForCausalLM", LLAMA, HALVES),
+    "qwen": Architecture(
+        "qwen",
+        "QWenLMHeadModel",
+        {
+            "token_embd": "transformer.wte",
+            "output_norm": "transformer.ln_f",
+            "output": "lm_head",
+            "blk.{layer}.attn_norm": GPT2_BLOCK + "ln_1",
+            "blk.{layer}.attn_qkv": GPT2_BLOCK + "attn.c_attn",
+            "blk.{layer}.attn_output": GPT2_BLOCK + "attn.c_proj",
+            "blk.{layer}.ffn_norm": GPT2_BLOCK + "ln_2",
+            "blk.{layer}.ffn_up": GPT2_BLOCK + "mlp.w1",
+            "blk.{layer}.ffn_gate": GPT2_BLOCK + "mlp.w2",
+            "blk.{layer}.ffn_down": GPT2_BLOCK + "mlp.c_proj",
+        },
+        fields={
+            "num_key_value_heads": None,
+            "attention_bias": None,
+            "mlp_bias": None,
+            "rms_norm_eps": "layer_norm_epsilon",
+            "rope_theta": "rotary_emb_base",
+        },
+        # What it does beyond the trained length is not in these files.
+        constants={"use_dynamic_ntk": False, "use_logn_attn": False},
+    ),
     "qwen2": Architecture("qwen2", "Qwen2ForCausalLM", LLAMA),
     "qwen2moe": Architecture(
         "qwen2_moe",

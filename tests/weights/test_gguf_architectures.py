@@ -198,6 +198,12 @@ def test_mixtral_and_other_experts(tmp_path):
     assert config["norm_topk_prob"] is False
 
 
+def test_qwen(tmp_path):
+    config = config_of(tmp_path, "qwen", rope__freq_base=5000.0)
+    assert (config["rotary_emb_base"], config["intermediate_size"]) == (5000.0, FFN)
+    assert "layer_norm_epsilon" in config and config["use_dynamic_ntk"] is False
+
+
 def test_deepseek(tmp_path):
     metadata = {"expert_shared_count": 2, "leading_dense_block_count": 1}
     config = config_of(tmp_path, "deepseek", **metadata)
