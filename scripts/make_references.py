@@ -142,7 +142,8 @@ def random_tensor(case: dict[str, Any], name: str, shape: tuple[int, ...]) -> np
     """Return weights spread widely enough that a mistake anywhere shows in the logits."""
     generator = np.random.default_rng([case["seed"], zlib.crc32(name.encode())])
     values = generator.standard_normal(shape, np.float32)
-    if name.endswith(("norm.weight", "ln_1.weight", "ln_2.weight", "ln_f.weight")):
+    norms = ("norm.weight", "ln_1.weight", "ln_2.weight", "ln_f.weight")
+    if name.endswith(norms) or ".norms." in name:
         return case.get("norm_mean", 1) + NORM_STD * values
     if name.endswith(".bias"):
         return BIAS_STD * values

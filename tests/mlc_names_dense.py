@@ -70,11 +70,22 @@ def fuse(config: Mapping[str, Any], weights: Weights) -> Iterator[tuple[str, Arr
             continue
         if any(f".{other}." in name for other in later):
             continue
+        if "_layernorm.norms." in name:  # StableLM's largest; MLC LLM has no name for them
+            if ".norms.0." in name:
+                yield from _stacked_norms(name, weights)
+            continue
         for start, others in first.items():
             if f".{start}." in name:
                 rest = [weights[name.replace(start, other)] for other in others]
                 weight = np.concatenate([weight, *rest])
         yield _rename(name, names), _value(config, name, weight)
+
+
+def _stacked_norms(first: str, weights: Weights) -> Iterator[tuple[str, Array]]:
+    start = first.removesuffix("layernorm.norms.0.weight")
+    count = sum(name.startswith(f"{start}layernorm.norms.") for name in weights)
+    rows = [weights[first.replace(".0.weight", f".{head}.weight")] for head in range(count)]
+    yield f"{start}norm.weight", np.stack(rows)
 
 
 def _rename(name: str, names: Mapping[str, str]) -> str:
@@ -106,6 +117,7 @@ _FIELDS = (
     *("norm_eps", "hidden_act", "hidden_activation", "attention_bias", "bias", "use_bias"),
     *("tie_word_embeddings", "use_qkv_bias", "attn_logit_softcapping", "final_logit_softcapping"),
     *("query_pre_attn_scalar", "sliding_window", "clip_qkv", "logit_scale", "use_qk_norm"),
+    *("qk_layernorm", "use_parallel_residual"),
     *("scale_emb", "scale_depth", "dim_model_base", "max_position_embeddings", "kv_channels"),
     *("original_max_position_embeddings", "num_layers", "ffn_hidden_size", "layernorm_epsilon"),
     *("layer_norm_epsilon", "rotary_emb_base", "scale_attn_weights", "no_bias"),

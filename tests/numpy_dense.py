@@ -271,6 +271,18 @@ def _cohere(model: Model, config: Config) -> None:
     model.logit_factor = config["logit_scale"]
 
 
+def _stablelm(model: Model, config: Config) -> None:
+    model.norm = "layer"
+    if config.get("use_parallel_residual"):
+        model.order = "parallel"
+    for layer in range(model.layers if config.get("qk_layernorm") else 0):
+        at = f"layers.{layer}.self_attn."
+        for part, heads in (("q", model.heads), ("k", model.kv_heads)):
+            names = [f"{at}{part}_layernorm.norms.{head}.weight" for head in range(heads)]
+            weights = [model.weights[name] for name in names]
+            model.weights[f"{at}{part}_norm.weight"] = np.stack(weights)
+
+
 def _chatglm(model: Model, config: Config) -> None:
     rope = {"rope_theta": 10000.0 * config["rope_ratio"], "partial_rotary_factor": 0.5}
     model.ropes, model.is_interleaved = [rope] * model.layers, True
@@ -309,7 +321,7 @@ _DIFFERENCES: dict[str, Callable[[Model, Config], None]] = {
         model, config
     ),
     "olmo2": _set(order="after"),
-    "stablelm": _set(norm="layer"),
+    "stablelm": _stablelm,
     "internlm": _internlm,
     # Its scaling begins beyond the trained length.
     "internlm2": lambda model, config: _set(

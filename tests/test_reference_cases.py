@@ -63,6 +63,7 @@ FEATURES = [
     ("phi3_longrope_old_config", {"partial_rotary_factor": 1.0, "rope_scaling": None}),
     ("olmo", {"clip_qkv": None}),
     ("stablelm", {"layer_norm_eps": 1e-2}),
+    ("stablelm_parallel", {"qk_layernorm": False}),
     ("internlm", {"rotary": {"base": 10000.0}}),
     ("minicpm", {"scale_emb": 1}),
     ("minicpm", {"scale_depth": 1.0}),

@@ -16,7 +16,7 @@ from mlc_llm.nn import ops, row_ops
 from mlc_llm.nn.decoder import DecoderNames
 from mlc_llm.nn.kv import PagedKV
 from mlc_llm.nn.linear import Linear
-from mlc_llm.nn.norm import HeadLayerNorm, LayerNorm, norm_heads
+from mlc_llm.nn.norm import LayerNorm
 from mlc_llm.nn.ops import Rows
 from mlc_llm.nn.rope import RopeConfig
 
@@ -47,24 +47,13 @@ class CohereConfig(LlamaConfig):
         return tuple(dataclasses.replace(rope, is_interleaved=True) for rope in super().ropes)
 
 
-class CohereAttention(FusedAttention):
-    """Attention, with norms of heads in the largest models."""
-
-    def __init__(self, config: CohereConfig, dtype: str, layer: int) -> None:
-        names, bias = ("qkv_proj", "out_proj"), config.attention_bias
-        super().__init__(config, dtype, layer, names, bias=bias, output_bias=bias)
-        self.has_norms = config.use_qk_norm
-        if self.has_norms:
-            head_dim, eps = config.head_dim, config.rms_norm_eps
-            self.q_norm = HeadLayerNorm(config.num_attention_heads, head_dim, eps, dtype)
-            self.k_norm = HeadLayerNorm(config.num_key_value_heads, head_dim, eps, dtype)
-
-    def forward(self, x: nn.Tensor | Rows, kv: PagedKV, layer: int) -> nn.Tensor:
-        """Return (n, hidden) float32."""
-        qkv = self.qkv_proj(x)
-        if self.has_norms:
-            qkv = norm_heads(qkv, self.q_norm, self.k_norm, self.shape)
-        return self.out_proj(kv.attend(layer, qkv, self.shape, self.rope))
+def attention(config: CohereConfig, dtype: str, layer: int) -> FusedAttention:
+    """Make the attention of a layer, with norms of heads in the largest models."""
+    names, bias = ("qkv_proj", "out_proj"), config.attention_bias
+    has_norms = config.use_qk_norm
+    return FusedAttention(
+        config, dtype, layer, names, bias=bias, output_bias=bias, has_head_norms=has_norms
+    )
 
 
 class CohereMLP(nn.Module):
@@ -85,7 +74,7 @@ class CohereMLP(nn.Module):
         return self.down_proj(row_ops.gated(gate_up, self.activation))
 
 
-class CohereLayer(nn.Module):
+class ParallelLayer(nn.Module):
     """x + attention(norm(x)) + mlp(norm(x)), with one norm."""
 
     def __init__(
@@ -124,10 +113,10 @@ def build(config: CohereConfig, dtype: str) -> CausalLM:
     return build_decoder(
         config,
         dtype,
-        CohereAttention,
+        attention,
         CohereMLP,
         norm=_norm,
-        layer=CohereLayer,
+        layer=ParallelLayer,
         language_model=CohereLM,
     )
 

@@ -90,8 +90,6 @@ def test_text_part_beside_a_model_of_images() -> None:
 @pytest.mark.parametrize(
     ("model_type", "fields", "message"),
     [
-        ("stablelm", {"qk_layernorm": True}, "qk_layernorm=True is not supported"),
-        ("stablelm", {"use_parallel_residual": True}, "use_parallel_residual=True"),
         ("qwen", {"no_bias": False}, "no_bias=False is not supported"),
         ("qwen", {"scale_attn_weights": False}, "scale_attn_weights=False is not supported"),
         ("qwen", {"intermediate_size": 81}, "81 is odd"),
