@@ -102,9 +102,10 @@ def _finish(
 
 
 def _usage(turn: Turn) -> MessageUsage:
-    num_cached = turn.num_cached_tokens
+    usage = turn.usage
+    num_cached = usage.prompt_tokens_details.cached_tokens
     return MessageUsage(
-        input_tokens=turn.num_prompt_tokens - num_cached,
+        input_tokens=usage.prompt_tokens - num_cached,
         cache_read_input_tokens=num_cached,
-        output_tokens=turn.num_tokens,
+        output_tokens=usage.completion_tokens,
     )

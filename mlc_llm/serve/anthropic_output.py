@@ -56,11 +56,11 @@ class MessageWriter:
 
     def _take(self, event: Event) -> list[MessageEvent]:
         if isinstance(event, CallStart):
-            self.has_calls = True
             return self._open(ToolUseContent(id=event.id, name=event.name, input={}))
         if isinstance(event, CallArguments):
             return [self._add("input_json_delta", partial_json=event.text)]
         if isinstance(event, CallEnd):
+            self.has_calls = True
             return self._close()
         if isinstance(event, Content):
             is_open = isinstance(self._block, TextContent)

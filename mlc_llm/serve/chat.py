@@ -70,7 +70,7 @@ async def chat(
             )
             for index in range(count)
         ],
-        usage=_usage(model, generation),
+        usage=usage_of(model, generation),
     )
 
 
@@ -101,7 +101,7 @@ async def _chunks(
                 for choice in _read_piece(model, request, piece, is_first):
                     yield ChatCompletionChunk(**head, choices=[choice])
     if request.includes_usage:
-        usage = _usage(model, generation)
+        usage = usage_of(model, generation)
         yield ChatCompletionChunk(**{**head, "usage": usage}, choices=[])
 
 
@@ -197,7 +197,8 @@ def _logprobs(
     return chat_logprobs(tokens, model.token_bytes) if request.logprobs else None
 
 
-def _usage(model: ServedModel, generation: Generation) -> Usage:
+def usage_of(model: ServedModel, generation: Generation) -> Usage:
+    """Return the tokens of a chat so far."""
     thoughts = ["".join(text.thoughts) for text in generation.texts]
     return Usage.count(
         generation.num_prompt_tokens,

@@ -21,7 +21,7 @@ class AnswerWriter:
 
     def take(self, piece: Piece) -> None:
         """Add a piece."""
-        for event in _events_of(piece):
+        for event in events_of(piece):
             if isinstance(event, Content):
                 self._content.append(event.text)
             elif isinstance(event, Reasoning):
@@ -52,7 +52,7 @@ def deltas_of(piece: Piece, has_reasoning: bool = True) -> list[ChoiceDelta]:
     Where it brings tokens and nothing to see, that is one delta with empty content, so that the
     tokens' log-probabilities are told.
     """
-    deltas = [_delta_of(event) for event in _events_of(piece)]
+    deltas = [_delta_of(event) for event in events_of(piece)]
     seen = [
         delta
         for delta in deltas
@@ -61,7 +61,8 @@ def deltas_of(piece: Piece, has_reasoning: bool = True) -> list[ChoiceDelta]:
     return seen or ([ChoiceDelta(content="")] if piece.tokens else [])
 
 
-def _events_of(piece: Piece) -> list[Event]:
+def events_of(piece: Piece) -> list[Event]:
+    """Return what a piece says."""
     if piece.events is not None:
         return piece.events
     return [Content(piece.text)] if piece.text else []

@@ -116,10 +116,13 @@ def _first(given: float | None, default: float) -> float:
 
 
 def _usage(turn: Turn) -> ResponseUsage:
+    usage = turn.usage
+    cached = usage.prompt_tokens_details.cached_tokens
+    thoughts = usage.completion_tokens_details.reasoning_tokens
     return ResponseUsage(
-        input_tokens=turn.num_prompt_tokens,
-        input_tokens_details=InputTokensDetails(cached_tokens=turn.num_cached_tokens),
-        output_tokens=turn.num_tokens,
-        output_tokens_details=OutputTokensDetails(reasoning_tokens=0),
-        total_tokens=turn.num_prompt_tokens + turn.num_tokens,
+        input_tokens=usage.prompt_tokens,
+        input_tokens_details=InputTokensDetails(cached_tokens=cached),
+        output_tokens=usage.completion_tokens,
+        output_tokens_details=OutputTokensDetails(reasoning_tokens=thoughts),
+        total_tokens=usage.total_tokens,
     )

@@ -10,12 +10,14 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Literal
 
-from mlc_llm.serve.chat import start_chat
+from mlc_llm.serve.chat import start_chat, usage_of
+from mlc_llm.serve.chat_answer import events_of
 from mlc_llm.serve.generation import Generation, Piece
 from mlc_llm.serve.model import ServedModel
 from mlc_llm.serve.protocol.chat import ChatCompletionRequest
+from mlc_llm.serve.protocol.usage import Usage
 from mlc_llm.serve.transcript import Names, renamed_fields
-from mlc_llm.text.events import Content, Event, join_events
+from mlc_llm.text.events import Event, join_events
 
 TurnEnd = Literal["stop", "length", "context"]
 
@@ -31,7 +33,8 @@ class TurnPiece:
 class Turn:
     """A turn that the engine is making; leaving its pieces aborts it."""
 
-    def __init__(self, generation: Generation, max_tokens: int | None) -> None:
+    def __init__(self, model: ServedModel, generation: Generation, max_tokens: int | None) -> None:
+        self._model = model
         self._generation = generation
         self._max_tokens = max_tokens
 
@@ -41,22 +44,13 @@ class Turn:
     ) -> Turn:
         """Queue a turn. Raises as `chat` does; errors call a chat's fields by their `names`."""
         with renamed_fields(names):
-            return cls(await start_chat(model, request, request_id), request.max_new_tokens)
+            generation = await start_chat(model, request, request_id)
+        return cls(model, generation, request.max_new_tokens)
 
     @property
-    def num_prompt_tokens(self) -> int:
-        """Tokens of the prompt."""
-        return self._generation.num_prompt_tokens
-
-    @property
-    def num_cached_tokens(self) -> int:
-        """Those of the prompt that the prefix cache knew; known from the first piece on."""
-        return self._generation.num_cached_tokens
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of the answer so far."""
-        return self._generation.num_completion_tokens
+    def usage(self) -> Usage:
+        """The tokens so far; which of the prompt were cached is known from the first piece on."""
+        return usage_of(self._model, self._generation)
 
     @property
     def stop_string(self) -> str | None:
@@ -68,8 +62,7 @@ class Turn:
         async with aclosing(self._generation.pieces()) as arriving:
             async for pieces in arriving:
                 for piece in pieces:
-                    events: list[Event] = [Content(piece.text)] if piece.text else []
-                    yield TurnPiece(events, self._end_of(piece))
+                    yield TurnPiece(events_of(piece), self._end_of(piece))
 
     async def collect(self) -> tuple[list[Event], TurnEnd]:
         """Return the whole turn."""
@@ -84,5 +77,7 @@ class Turn:
     def _end_of(self, piece: Piece) -> TurnEnd | None:
         if piece.finish_reason != "length":
             return piece.finish_reason
-        is_full = self._max_tokens is None or self.num_tokens < self._max_tokens
+        is_full = (
+            self._max_tokens is None or self._generation.num_completion_tokens < self._max_tokens
+        )
         return "context" if is_full else "length"
