@@ -92,6 +92,20 @@ def serve(
             metavar="MODE", help="hybrid mixes prompts with generation in one step; or chunked."
         ),
     ] = "hybrid",
+    tool_parser: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="How the model writes calls of tools, as docs/tools.md names it; auto looks at "
+            "its chat template.",
+        ),
+    ] = "auto",
+    reasoning_parser: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME", help="How it marks its thoughts: auto, none, think, mistral, cohere."
+        ),
+    ] = "auto",
     max_queued_requests: Annotated[
         int, typer.Option(metavar="N", help="Requests that may wait; more are refused (429).")
     ] = 512,
@@ -168,6 +182,8 @@ def serve(
         speculative_mode=speculative_mode,
         additional_models=list(additional_models or []),
         max_queued_requests=max_queued_requests,
+        tool_parser=tool_parser,
+        reasoning_parser=reasoning_parser,
         request_timeout_s=_seconds("--request-timeout", request_timeout) or None,
     )
     config = apply_overrides(config, values)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 Mode = Literal["local", "interactive", "server"]
 
 MODES = ("local", "interactive", "server")
+AUTO = "auto"
 DEFAULT_MEMORY_UTILIZATION = 0.85
 PAGE_SIZE = 16
 
@@ -101,7 +102,9 @@ class EngineConfig:
 
     max_queued_requests: how many requests may wait before further ones are refused.
     request_timeout_s: seconds after which a request ends with an error; None for no limit.
-    verbose: whether the memory plan is shown.
+    tool_parser, reasoning_parser: how the model writes calls of tools and marks its thoughts, auto
+    for what its chat template shows (docs/tools.md names them). verbose: whether the memory plan is
+    shown.
 
     The other fields are known from MLC LLM and refused unless they say what is so anyway.
     """
@@ -133,6 +136,8 @@ class EngineConfig:
     kv_cache_dtype: str | None = None
     max_queued_requests: int = 512
     request_timeout_s: float | None = None
+    tool_parser: str = AUTO
+    reasoning_parser: str = AUTO
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
@@ -151,6 +156,8 @@ class EngineConfig:
         for name in ("opt", "kv_cache_dtype"):
             value = getattr(self, name)
             self._require(name, value is None or (isinstance(value, str) and value != ""), "text")
+        if (self.tool_parser, self.reasoning_parser) != (AUTO, AUTO):
+            check_parsers(self.tool_parser, self.reasoning_parser)
         self._require("verbose", isinstance(self.verbose, bool), "true or false")
         single, total = self.max_single_sequence_length, self.max_total_sequence_length
         if single is not None and total is not None and single > total:
@@ -171,6 +178,13 @@ class EngineConfig:
     def with_changes(self, **changes: Any) -> EngineConfig:
         """Return a copy with some fields replaced. Raises OptionError."""
         return dataclasses.replace(self, **changes)
+
+
+def check_parsers(tool_parser: str, reasoning_parser: str) -> None:
+    """Raise OptionError unless there are formats of answers of these names."""
+    from mlc_llm.text.answers import AnswerFormats
+
+    AnswerFormats.find(None, "", tool_parser, reasoning_parser)
 
 
 def _is_number(value: object) -> bool:

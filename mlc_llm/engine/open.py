@@ -89,7 +89,15 @@ def open_model(
     metadata = loaded.metadata
     check_library(metadata, config, overrides or {}, str(library))
     images = _image_reader(metadata, config, tokenizer, artifact)
-    prompts = PromptBuilder.load(artifact, config, tokenizer, template, images)
+    prompts = PromptBuilder.load(
+        artifact,
+        config,
+        tokenizer,
+        template,
+        images,
+        tool_parser=engine_config.tool_parser,
+        reasoning_parser=engine_config.reasoning_parser,
+    )
     free_bytes = free_memory_bytes()
     parameters = load_parameters(artifact, loaded, progress)
     weights_bytes = sum(array.nbytes for array in parameters)
