@@ -46,7 +46,10 @@ def check_fields(config: Any) -> None:
 
 def check_layer_types(kinds: Any, num_layers: int, known: tuple[str, ...]) -> None:
     """Raise CorruptFile unless `layer_types` is None or names a known kind for each layer."""
-    if kinds is not None and (len(kinds) != num_layers or not set(kinds) <= set(known)):
+    if kinds is None:
+        return
+    is_list = isinstance(kinds, list | tuple) and len(kinds) == num_layers
+    if not is_list or not all(kind in known for kind in kinds):
         raise CorruptFile(
             f"model configuration: layer_types must name {' or '.join(known)} for each of "
             f"{num_layers} layers, it is {kinds!r:.200}"

@@ -19,7 +19,7 @@ from mlc_llm.models.base import CausalLM, Family, build_decoder
 from mlc_llm.models.checking import check_layer_types
 from mlc_llm.models.config import take_int
 from mlc_llm.models.llama import FUSED, LlamaAttention, LlamaConfig
-from mlc_llm.models.moe import check_experts
+from mlc_llm.models.moe import check_experts, expert_rule
 from mlc_llm.models.plan import ParamRule, concatenate
 from mlc_llm.nn import expert_ops, row_ops
 from mlc_llm.nn.kv import PagedKV
@@ -35,6 +35,7 @@ class GptOssConfig(LlamaConfig):
     """Sizes of the experts and bounds of their activation, and which layers have the window.
 
     layer_types: Hugging Face's name of each layer's kind, None where the first of every two has it.
+    has_split_experts: whether the checkpoint has each expert's tensors alone, as GGUF files do.
     """
 
     ALIASES: ClassVar[Mapping[str, tuple[str, ...]]] = {"sliding_window_size": ("sliding_window",)}
@@ -45,6 +46,7 @@ class GptOssConfig(LlamaConfig):
     swiglu_alpha: float = 1.702
     swiglu_limit: float = 7.0
     layer_types: list[str] | None = None
+    has_split_experts: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -60,7 +62,7 @@ class GptOssConfig(LlamaConfig):
     @classmethod
     def huggingface_fields(cls, config: Mapping[str, Any]) -> dict[str, Any]:
         """Return constructor arguments from `config.json`."""
-        given = ("swiglu_alpha", "swiglu_limit", "layer_types")
+        given = ("swiglu_alpha", "swiglu_limit", "layer_types", "has_split_experts")
         return {
             **super().huggingface_fields(config),
             **{name: config[name] for name in given if config.get(name) is not None},
@@ -136,19 +138,32 @@ def _gates_and_outputs_first(parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
     return _gates_first([parts[0].swapaxes(1, 2)])
 
 
-_EXPERTS = {
+_STACKED = {
     "moe_gate_up_proj.weight": ("experts.gate_up_proj", _gates_and_outputs_first),
     "moe_gate_up_proj.bias": ("experts.gate_up_proj_bias", _gates_first),
     "moe_down_proj.weight": ("experts.down_proj", _outputs_first),
     "moe_down_proj.bias": ("experts.down_proj_bias", concatenate),
 }
+_SPLIT = {"moe_gate_up_proj": ("gate_proj", "up_proj"), "moe_down_proj": ("down_proj",)}
 
 
 def _special(config: GptOssConfig, parameter: str) -> ParamRule | None:
-    del config
-    for suffix, (name, combine) in _EXPERTS.items():
+    if config.has_split_experts:
+        return _split_rule(config, parameter)
+    for suffix, (name, combine) in _STACKED.items():
         if parameter.endswith(suffix):
             return ParamRule((parameter.removesuffix(suffix) + name,), combine)
+    return None
+
+
+def _split_rule(config: GptOssConfig, parameter: str) -> ParamRule | None:
+    if parameter.endswith(".sinks"):
+        return ParamRule((f"{parameter}.weight",))
+    path, _, leaf = parameter.rpartition(".")
+    for suffix, parts in _SPLIT.items():
+        if path.endswith(suffix):
+            experts = f"{path.removesuffix(suffix)}experts"
+            return expert_rule(experts, parts, config.num_local_experts, leaf)
     return None
 
 

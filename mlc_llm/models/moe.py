@@ -21,10 +21,13 @@ def check_experts(num_experts: object, per_token: object, *sizes: object) -> Non
         )
 
 
-def expert_rule(experts: str, parts: tuple[str, ...], num_experts: int) -> ParamRule:
+def expert_rule(
+    experts: str, parts: tuple[str, ...], num_experts: int, leaf: str = "weight"
+) -> ParamRule:
     """Return the rule of a weight (experts, out, in) that checkpoints hold expert by expert.
 
     experts: module path of the experts; parts: modules of one that are joined along `out`.
+    leaf: "weight", or "bias" for (experts, out).
     """
-    names = [f"{experts}.{e}.{part}.weight" for e in range(num_experts) for part in parts]
+    names = [f"{experts}.{e}.{part}.{leaf}" for e in range(num_experts) for part in parts]
     return ParamRule(tuple(names), Stack(num_experts))

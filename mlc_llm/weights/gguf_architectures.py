@@ -204,6 +204,26 @@ ARCHITECTURES = {
         numbers={"layer_norm_epsilon": LAYER_NORM},
         constants={"activation_function": "gelu_new"},
     ),
+    "gpt-oss": Architecture(
+        "gpt_oss",
+        "GptOssForCausalLM",
+        {
+            **ENDS,
+            **ATTENTION,
+            **QWEN_EXPERTS,
+            "blk.{layer}.attn_norm": BLOCK + "input_layernorm",
+            "blk.{layer}.attn_sinks": BLOCK + "self_attn.sinks",
+            "blk.{layer}.post_attention_norm": BLOCK + "post_attention_layernorm",
+            "blk.{layer}.ffn_gate_inp": BLOCK + "mlp.router",
+        },
+        numbers={
+            "num_local_experts": ("expert_count", "count", None),
+            "num_experts_per_tok": ("expert_used_count", "count", None),
+            "sliding_window": WINDOW,
+        },
+        constants={"has_split_experts": True},
+        with_window=True,
+    ),
     "gptneox": Architecture(
         "gpt_neox",
         "GPTNeoXForCausalLM",

@@ -137,6 +137,8 @@ def _rope_scaling(
             "type": "yarn",
             "factor": factor,
             "original_max_position_embeddings": original,
+            "beta_fast": reader.real("rope.scaling.yarn_beta_fast", 32.0),
+            "beta_slow": reader.real("rope.scaling.yarn_beta_slow", 1.0),
         }
     if factor in (0.0, 1.0):
         return None
@@ -182,6 +184,8 @@ def _add_special_cases(file: GGUFFile, config: dict[str, Any], head_dim: int) ->
         config["use_qk_norm"] = "blk.0.attn_q_norm.weight" in file.tensors
     if model_type == "minicpm":
         _add_minicpm_factors(config)
+    if model_type == "gpt_oss" and config["rope_scaling"]:
+        config["rope_scaling"]["truncate"] = False
     if config.get("clip_qkv") == 0:
         config["clip_qkv"] = None
     if config.get("sliding_window") == 0:

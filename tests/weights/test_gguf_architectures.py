@@ -32,6 +32,7 @@ _SHAPES = {
     "attn_output": (HIDDEN, Q),
     "attn_q_norm": (HEAD_DIM,),
     "attn_k_norm": (HEAD_DIM,),
+    "attn_sinks": (HEADS,),
     "ffn_gate": (FFN, HIDDEN),
     "ffn_up": (FFN, HIDDEN),
     "ffn_down": (HIDDEN, FFN),
@@ -166,6 +167,18 @@ def test_quantized_experts_are_read_alone(tmp_path, name, monkeypatch):
     assert max(sizes) == 32 * HIDDEN // 32 * 34
 
 
+def test_experts_in_mxfp4(tmp_path):
+    kind = gguf.GGMLQuantizationType.MXFP4
+    path, expected = write_model(tmp_path / "m.gguf", "gpt-oss", quantization=kind)
+    source = GGUFSource(path)
+    for name in (name for name in expected if ".experts." in name):
+        stored = gguf.dequantize(gguf.quantize(expected[name], kind), kind)
+        np.testing.assert_array_equal(source.read(name), stored)
+        assert source.read_encoded(name) is None
+        error = np.linalg.norm(stored - expected[name])
+        assert error < 0.2 * np.linalg.norm(expected[name])
+
+
 def test_codes_follow_the_order_of_rows(tmp_path):
     kind = gguf.GGMLQuantizationType.Q8_0
     for name in ("llama", "gptneox", "gpt2"):
@@ -210,6 +223,15 @@ def test_deepseek(tmp_path):
     names = ("n_routed_experts", "num_experts_per_tok", "n_shared_experts", "moe_intermediate_size")
     assert [config[name] for name in names] == [EXPERTS, 2, 2, 32]
     assert config["first_k_dense_replace"] == 1 and config["routed_scaling_factor"] == 1
+
+
+def test_gpt_oss(tmp_path):
+    yarn = {"type": "yarn", "factor": 4.0, "original_context_length": 64, "yarn_beta_fast": 8.0}
+    scaling = {f"rope__scaling__{key}": value for key, value in yarn.items()}
+    config = config_of(tmp_path, "gpt-oss", **scaling)
+    assert config["rope_scaling"]["truncate"] is False and config["sliding_window"] == 64
+    assert config["rope_scaling"]["beta_fast"] == 8 and config["rope_scaling"]["beta_slow"] == 1
+    assert (config["num_local_experts"], config["num_experts_per_tok"]) == (EXPERTS, 2)
 
 
 def test_gemma(tmp_path):
@@ -286,6 +308,7 @@ def test_longrope_and_yarn(tmp_path):
     )
     assert config["rope_scaling"]["rope_type"] == "yarn"
     assert config["rope_scaling"]["original_max_position_embeddings"] == 64
+    assert config["rope_scaling"]["beta_fast"] == 32 and "truncate" not in config["rope_scaling"]
 
 
 def test_baichuan_by_its_sizes(tmp_path):

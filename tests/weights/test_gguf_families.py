@@ -28,6 +28,8 @@ _MODEL_TYPES |= {"mistral", "mixtral"}
 _NOT_IN_GGUF = (
     *("qwen2_moe", "llama_rope_llama3", "llama_rope_llama3_tied_old_config"),
     *("gpt_bigcode_all_heads", "baichuan2", "baichuan_alibi"),
+    # Not read from GGUF: experts of MiniCPM, norms of single heads of StableLM.
+    *("minicpm_moe", "stablelm_parallel"),
 )
 # Fields of some cases that GGUF has no place for; of real models they follow from the others.
 _UNSAID = {
@@ -36,6 +38,8 @@ _UNSAID = {
     "gemma3_text": ("layer_types", "query_pre_attn_scalar"),
     "qwen3_bias_window_old_config": ("sliding_window_size", "max_window_layers", "layer_types"),
     "starcoder2": ("sliding_window_size",),
+    "qwen": ("use_logn_attn", "use_dynamic_ntk", "seq_length"),
+    "gpt_oss": ("layer_types", "swiglu_alpha", "swiglu_limit"),
 }
 
 CASES = [
@@ -74,7 +78,9 @@ def metadata_of(config, architecture):
         "attention.head_count_kv": config.get("num_key_value_heads") or heads,
         "attention.key_length": head_dim,
         "attention.value_length": head_dim,
-        "attention.layer_norm_rms_epsilon": config.get("rms_norm_eps"),
+        "attention.layer_norm_rms_epsilon": config.get(
+            architecture.fields.get("rms_norm_eps") or "rms_norm_eps"
+        ),
         "rope.freq_base": first(config | rope, "rope_theta", "rotary_emb_base"),
     }
     if architecture.with_window or architecture.model_type == "llama":
@@ -84,6 +90,13 @@ def metadata_of(config, architecture):
     if first(scaling | rope, "rope_type", "type") == "linear":
         values["rope.scaling.type"] = "linear"
         values["rope.scaling.factor"] = first(scaling | rope, "factor")
+    if config["model_type"] == "gpt_oss":
+        values["rope.scaling.type"] = "yarn"
+        values["rope.scaling.factor"] = rope["factor"]
+        original = rope["original_max_position_embeddings"]
+        values["rope.scaling.original_context_length"] = original
+        for name in ("beta_fast", "beta_slow"):
+            values[f"rope.scaling.yarn_{name}"] = rope[name]
     for field, (key, _, default) in architecture.numbers.items():
         # transformers 5 has another name for one of them.
         found = first(config | rope, field, field.replace("num_experts", "num_local_experts"))
@@ -133,8 +146,11 @@ def as_stored(tensor, change, metadata):
     return tensor
 
 
-def split_qkv(name, tensor, metadata):
-    """Yield a tensor, or q, k and v where the converter takes them apart."""
+def split_parts(name, tensor, metadata):
+    """Yield a tensor, or its parts: q, k and v, or experts, where the converter takes them apart.
+
+    Experts are put together again by `write_case`.
+    """
     heads, kv_heads = metadata["attention.head_count"], metadata["attention.head_count_kv"]
     size = metadata["attention.key_length"]
     if name.endswith("W_pack.weight"):
@@ -145,6 +161,17 @@ def split_qkv(name, tensor, metadata):
         parts = {"q": groups[:, :-2], "k": groups[:, -2], "v": groups[:, -1]}
         for part, rows in parts.items():
             yield name.replace("wqkv", f"w{part}"), rows.reshape(-1, tensor.shape[1])
+    elif name.endswith(".sinks"):
+        yield f"{name}.weight", tensor
+    elif re.search(r"\.experts\.(gate_up|down)_proj(_bias)?$", name):
+        experts, _, part = name.rpartition(".")
+        leaf = "bias" if part.endswith("_bias") else "weight"
+        for expert, rows in enumerate(tensor if leaf == "bias" else tensor.swapaxes(1, 2)):
+            if "down" in part:
+                yield f"{experts}.{expert}.down_proj.{leaf}", rows
+            else:
+                yield f"{experts}.{expert}.gate_proj.{leaf}", rows[0::2]
+                yield f"{experts}.{expert}.up_proj.{leaf}", rows[1::2]
     else:
         yield name, tensor
 
@@ -158,7 +185,7 @@ def write_case(path, source):
         if config.get("tie_word_embeddings") and name == "lm_head.weight":
             continue
         whole = np.asarray(source.read(name)).astype(np.float32)
-        for part, tensor in split_qkv(name, whole, metadata):
+        for part, tensor in split_parts(name, whole, metadata):
             stored, pattern, expert = gguf_name_of(part, architecture)
             change = architecture.changes.get(pattern)
             if change != "plus_one" or not part.endswith(".bias"):
@@ -203,7 +230,7 @@ def test_a_reference_as_gguf_is_the_same_model(tmp_path, case):
     for ours, theirs in zip(from_gguf[1].ropes, config.ropes, strict=True):
         np.testing.assert_allclose(ours.inverse_frequencies(), theirs.inverse_frequencies())
         assert ours.table_scale == pytest.approx(theirs.table_scale)
-    for name in ("rope_scaling", "has_split_qkv", *_UNSAID.get(case.name, ())):
+    for name in ("rope_scaling", "has_split_qkv", "has_split_experts", *_UNSAID.get(case.name, ())):
         found.pop(name, None)
         expected.pop(name, None)
     assert found == expected
