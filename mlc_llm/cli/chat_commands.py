@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from mlc_llm.cli.dialogue import Dialogue, describe_params, describe_stats
@@ -27,6 +28,7 @@ _CAN_BE_UNSET = ("max_tokens", "seed", "stop")
 HELP = """\
 /help                print this help
 /exit                leave (Ctrl-D does the same)
+/image PATH          send an image with the next question, to models that see
 /stats               speed and token counts of the last answer
 /metrics             all counters of the engine, as Prometheus text
 /reset               forget the conversation
@@ -48,12 +50,15 @@ def run_command(line: str, dialogue: Dialogue, say: Callable[[str], None]) -> No
     """
     name, _, argument = line.strip().partition(" ")
     command = _find_command(name)
-    if argument.strip() and command != "/set":
+    if argument.strip() and command not in ("/set", "/image"):
         raise OptionError(f"{command} takes no value, but was given {argument.strip()!r}")
     if command == "/help":
         say(HELP)
     elif command == "/exit":
         raise Leave
+    elif command == "/image":
+        _add_image(argument.strip(), dialogue)
+        say("the image goes with the next question")
     elif command == "/stats":
         say(describe_stats(dialogue.session.last))
     elif command == "/metrics":
@@ -68,13 +73,22 @@ def run_command(line: str, dialogue: Dialogue, say: Callable[[str], None]) -> No
 
 def _find_command(name: str) -> str:
     """Return the command that `name` is or begins. Raises OptionError unless there is one."""
-    commands = ("/help", "/exit", "/stats", "/metrics", "/reset", "/set")
+    commands = ("/help", "/exit", "/image", "/stats", "/metrics", "/reset", "/set")
     found = [name] if name in commands else [c for c in commands if c.startswith(name)]
     if not found:
         raise OptionError(f"there is no command {name}; known: {' '.join(commands)}")
     if len(found) > 1:
         raise OptionError(f"{name} may be {' or '.join(found)}; write more of it")
     return found[0]
+
+
+def _add_image(text: str, dialogue: Dialogue) -> None:
+    if not text:
+        raise OptionError("/image needs the path of an image, as in /image photo.png")
+    try:
+        dialogue.add_image(Path(text).expanduser())
+    except (ValueError, RuntimeError) as error:  # no such home, null bytes
+        raise OptionError(f"/image {text!r} is not a path ({error})") from None
 
 
 def _change_settings(text: str, dialogue: Dialogue) -> None:

@@ -6,6 +6,7 @@ Knows messages, sampling settings and the session that answers. Not the terminal
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlc_llm.errors import ContextTooLong
@@ -21,16 +22,21 @@ class Dialogue:
         self.session = session
         self.params = params
         self._system = [{"role": "system", "content": system}] if system else []
-        self._turns: list[dict[str, str]] = []
+        self._turns: list[dict[str, Any]] = []
+        self._images: list[str] = []  # data URLs that go with the next question
 
     @property
-    def messages(self) -> list[dict[str, str]]:
+    def messages(self) -> list[dict[str, Any]]:
         """The system message, if there is one, and all turns."""
         return [*self._system, *self._turns]
 
     def reset(self) -> None:
-        """Forget all turns; the system message stays."""
-        self._turns = []
+        """Forget all turns and images; the system message stays."""
+        self._turns, self._images = [], []
+
+    def add_image(self, path: Path) -> None:
+        """Send an image with the next question. Raises OptionError or RequestError."""
+        self._images.append(self.session.read_image(path))
 
     def answer(self, text: str, note: Callable[[str], None]) -> Generator[str, None, None]:
         """Yield the answer to `text` piece by piece and keep both as the latest turns.
@@ -40,7 +46,7 @@ class Dialogue:
         stays in the conversation; a question without any answer is taken back.
         Raises ContextTooLong if `text` alone does not fit.
         """
-        question = {"role": "user", "content": text}
+        question = {"role": "user", "content": self._take_content(text)}
         pieces: list[str] = []
         is_whole = False
         stream, kept = self._start(question, note)
@@ -55,9 +61,19 @@ class Dialogue:
                 reply = {"role": "assistant", "content": "".join(pieces)}
                 self._turns = [*kept, question, reply]
 
+    def _take_content(self, text: str) -> str | list[dict[str, Any]]:
+        """Return the content of a question: the text alone, or the images that wait before it."""
+        images, self._images = self._images, []
+        if not images:
+            return text
+        parts: list[dict[str, Any]] = [
+            {"type": "image_url", "image_url": {"url": url}} for url in images
+        ]
+        return [*parts, {"type": "text", "text": text}]
+
     def _start(
-        self, question: dict[str, str], note: Callable[[str], None]
-    ) -> tuple[Generator[str, None, None], list[dict[str, str]]]:
+        self, question: dict[str, Any], note: Callable[[str], None]
+    ) -> tuple[Generator[str, None, None], list[dict[str, Any]]]:
         """Return the running answer and the turns that it was given."""
         kept = self._turns
         while True:

@@ -150,7 +150,7 @@ def _collect(
     config = description.config
     num_parameters = description.num_stored
     needs: list[Need] = []
-    weights_bytes = None
+    weights_bytes = images = None
     if config is not None:
         from mlc_llm.compiler.outline import count_parameters, outline_library
 
@@ -158,6 +158,7 @@ def _collect(
         metadata = _with_known_workspace(outline_library(config), description, inventory)
         weights_bytes = sum(spec.size_bytes for spec in metadata.params)
         needs = _needs(metadata, weights_bytes)
+        images = metadata.images and {n: metadata.images[n] for n in ("size", "num_rows")}
     key = str(description.path.resolve())
     copies = sorted(copy.quantization for copy in inventory.models if copy.source == key)
     return {
@@ -178,6 +179,7 @@ def _collect(
         if config is None or config.sliding_window_size < 1
         else config.sliding_window_size,
         "vocab_size": None if config is None else config.vocab_size,
+        "images": images,
         "weights_bytes": weights_bytes,
         "memory": [dataclasses.asdict(need) for need in needs],
         "chat_template_chars": None if description.template is None else len(description.template),
@@ -241,6 +243,7 @@ def _print_facts(facts: dict[str, Any]) -> None:
         ("context", _tokens(facts["context_window_size"])),
         ("window", _tokens(window)),
         ("vocabulary", _tokens(facts["vocab_size"])),
+        ("images", _images_note(facts["images"])),
         ("template", _template_note(facts["chat_template_chars"])),
         ("licence", facts["licence"] or "not named"),
     ]
@@ -286,6 +289,12 @@ def _count(number: int | None) -> str | None:
 
 def _tokens(number: int | None) -> str | None:
     return None if number is None or number < 1 else f"{number:,} tokens"
+
+
+def _images_note(images: dict[str, int] | None) -> str | None:
+    if images is None:
+        return None
+    return f"{images['size']} x {images['size']} pixels, {images['num_rows']} tokens each"
 
 
 def _template_note(num_chars: int | None) -> str:

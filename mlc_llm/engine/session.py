@@ -69,6 +69,10 @@ class ChatSession:
         """Tokens a conversation may have, answer included."""
         return self._engine.max_sequence_len
 
+    def read_image(self, path: Path) -> str:
+        """Return an image file as a message has it, see `PromptBuilder.read_image`."""
+        return self._prompts.read_image(path)
+
     def chat(self, messages: Sequence[Mapping[str, Any]], params: SamplingParams) -> Iterator[str]:
         """Answer a conversation piece by piece; closing the iterator stops the work.
 

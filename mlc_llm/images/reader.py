@@ -5,9 +5,11 @@ from __future__ import annotations
 import base64
 import binascii
 import io
+import mimetypes
 import struct
 import threading
 import zlib
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -55,6 +57,22 @@ class ImageReader:
                 raise RequestError(f"{where}: {error}", where) from None
 
 
+def url_of_file(path: Path) -> str:
+    """Return an image file as a data URL. Raises OptionError where it cannot be read."""
+    try:
+        size = path.stat().st_size
+        if size > MAX_IMAGE_BYTES:
+            raise OptionError(
+                f"{path} has {size:,} bytes; at most {MAX_IMAGE_BYTES:,} are taken, choose a "
+                "smaller image"
+            )
+        data = path.read_bytes()
+    except OSError as error:
+        raise OptionError(f"{path} cannot be read ({error.strerror}); check the path") from None
+    kind = mimetypes.guess_type(path.name)[0] or "image/png"
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
 def decode_url(url: str, where: str) -> bytes:
     """Return the bytes of a data URL. Raises RequestError that names the field `where`."""
     head, comma, text = url.partition(",")
@@ -95,7 +113,7 @@ def open_image(data: bytes, where: str) -> Image:
         ) from None
     bombs = (Image.DecompressionBombError, Image.DecompressionBombWarning)
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
         width, height = image.size
         if width * height > MAX_PIXELS:
             raise RequestError(

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from mlc_llm.artifact import CHAT_CONFIG_NAME, CHAT_TEMPLATE_NAME, ChatConfig
-from mlc_llm.errors import CorruptFile, RequestError, TemplateError
+from mlc_llm.errors import CorruptFile, OptionError, RequestError, TemplateError
 from mlc_llm.images.inputs import PromptImage
-from mlc_llm.images.reader import ImageReader
+from mlc_llm.images.reader import ImageReader, url_of_file
 from mlc_llm.text.answers import AnswerFormats
 from mlc_llm.text.chat_template import ChatTemplate, find_chat_template
 from mlc_llm.text.content import CheckedMessage, read_messages
@@ -122,6 +122,18 @@ class PromptBuilder:
             formats,
             load_tool_template(directory),
         )
+
+    def read_image(self, path: Path) -> str:
+        """Return an image file as the data URL of a part of a message.
+
+        Raises OptionError where the model takes none or there is no image, RequestError where it
+        is damaged.
+        """
+        if self._images is None:
+            raise OptionError("this model takes no images; choose one that does, such as LLaVA")
+        url = url_of_file(path)
+        self._images.read(url, str(path))
+        return url
 
     def token_ids(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
         """Return the ids of a prompt, see `build`."""

@@ -12,7 +12,8 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from mlc_llm.weights.source import WeightSource
+from mlc_llm.quantization.encoded import Encoded
+from mlc_llm.weights.source import EncodedSource, WeightSource
 
 # What the parameters of norms are called in checkpoints that were once TensorFlow's.
 _OLD_ENDINGS = {".gamma": ".weight", ".beta": ".bias"}
@@ -48,6 +49,22 @@ class RenamedSource:
         self._source.close()
 
 
+class RenamedEncodedSource(RenamedSource):
+    """The same of a checkpoint that hands out quantized tensors as they are."""
+
+    def __init__(self, source: EncodedSource, stored_names: dict[str, str]) -> None:
+        super().__init__(source, stored_names)
+        self._encoded = source
+
+    def encoding(self, name: str) -> str | None:
+        """Return the format that a tensor's codes fit, see EncodedSource."""
+        return self._encoded.encoding(self._stored.get(name, name))
+
+    def read_encoded(self, name: str) -> Encoded | None:
+        """Return a tensor as it is stored, see EncodedSource."""
+        return self._encoded.read_encoded(self._stored.get(name, name))
+
+
 def rename_tensors(
     source: WeightSource,
     wanted: Iterable[str],
@@ -72,4 +89,7 @@ def rename_tensors(
         return name.removeprefix(prefix)
 
     wanted_of = {plain(name): name for name in wanted}
-    return RenamedSource(source, {wanted_of.get(plain(n), n): n for n in source.names()})
+    stored = {wanted_of.get(plain(n), n): n for n in source.names()}
+    if isinstance(source, EncodedSource):
+        return RenamedEncodedSource(source, stored)
+    return RenamedSource(source, stored)

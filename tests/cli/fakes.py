@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from mlc_llm.artifact import ChatConfig
@@ -49,6 +50,9 @@ class FakeSession:
         self.num_stopped = 0
         self.is_closed = False
         self._answers = list(answers)
+
+    def read_image(self, path: Path) -> str:
+        return f"data:{path}"
 
     def chat(self, messages: Sequence[Mapping[str, Any]], params: Any) -> Iterator[str]:
         num_chars = sum(len(message["content"]) for message in messages)

@@ -2,8 +2,9 @@
 
 import pytest
 
+from mlc_llm.cli.chat_commands import run_command
 from mlc_llm.cli.dialogue import Dialogue, describe_stats
-from mlc_llm.errors import ContextTooLong
+from mlc_llm.errors import ContextTooLong, OptionError
 
 from .fakes import FakeParams, FakeSession, FakeStats
 
@@ -123,3 +124,27 @@ def test_stats_are_readable() -> None:
         "prefill: 100.0 tok/s, decode: N/A",
         "prompt: 12 tokens (4 of them cached), answer: 3 tokens",
     ]
+
+
+def test_images_go_with_the_next_question_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    session = FakeSession([["a cat"], ["yes"]])
+    dialogue = dialogue_of(session)
+    for name in ("cat.png", "dog.png"):
+        run_command(f"/im {name}", dialogue, print)
+    assert ask(dialogue, "What is it?") == "a cat"
+    assert ask(dialogue, "Sure?") == "yes"
+    parts = [
+        {"type": "image_url", "image_url": {"url": f"data:{name}"}}
+        for name in ("cat.png", "dog.png")
+    ]
+    assert [message["content"] for message in session.prompts[1]] == [
+        [*parts, {"type": "text", "text": "What is it?"}],
+        "a cat",
+        "Sure?",
+    ]
+    run_command("/image cat.png", dialogue, print)
+    dialogue.reset()
+    assert dialogue.messages == []
+    with pytest.raises(OptionError, match="needs the path of an image"):
+        run_command("/image", dialogue, print)
+    assert "the image goes with the next question" in capsys.readouterr().out

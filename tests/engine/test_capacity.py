@@ -262,3 +262,12 @@ def test_snapshots_are_for_recurrent_models() -> None:
     with pytest.raises(OptionError, match=r"max_history_size=8 .* llama has none"):
         plan(max_history_size=8)
     assert plan(max_history_size=0).num_state_slots == 0
+
+
+def test_images_take_memory_too() -> None:
+    usage = {"forward": WORKSPACE, "embed_image": 3 * MIB, "pack_params": 64 * GIB}
+    images = {"token_id": 1, "size": 336, "num_rows": 576, "width": 1024}
+    seeing = plan(library={"memory_usage": usage, "images": images})
+    # Rows of two images are kept and of one more made; a step joins rows, and aligns them.
+    rows, joined = 3 * 576 * 1024 * 4, 2 * 512 * 1024 * 4
+    assert seeing.workspace_bytes - plan().workspace_bytes == 3 * MIB + rows + joined

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,11 @@ import pytest
 from image_models import CASES, IMAGES, REFERENCES, data_url, load_reference
 from PIL import Image
 
-from mlc_llm.errors import CorruptFile, RequestError, UnsupportedModel
+from mlc_llm.errors import CorruptFile, OptionError, RequestError, UnsupportedModel
 from mlc_llm.images import reader as reading
 from mlc_llm.images.inputs import ImageInputs
 from mlc_llm.images.processing import ImageProcessing
-from mlc_llm.images.reader import ImageReader
+from mlc_llm.images.reader import ImageReader, url_of_file
 
 WHERE = "messages[0].content[0].image_url.url"
 
@@ -171,3 +172,20 @@ def test_a_picture_in_grey_or_with_a_palette_has_three_channels() -> None:
     reader = reader_of(ImageProcessing.usual(20), 20)
     for mode in ("L", "P", "LA", "1", "I;16"):
         assert reader.read(url_of(png(20, 20, mode)), WHERE).shape == (3, 20, 20)
+
+
+def test_without_pillow_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(OptionError, match=r"install it with `pip install 'mlc_llm\[vision\]'`"):
+        reader_of(ImageProcessing.usual(20), 20).read(data_url("wide.png"), WHERE)
+
+
+def test_files_become_data_urls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert url_of_file(REFERENCES / "wide.png") == data_url("wide.png")
+    (tmp_path / "photo.JPG").write_bytes(b"abc")
+    assert url_of_file(tmp_path / "photo.JPG") == "data:image/jpeg;base64,YWJj"
+    with pytest.raises(OptionError, match="cannot be read"):
+        url_of_file(tmp_path)
+    monkeypatch.setattr(reading, "MAX_IMAGE_BYTES", 2)
+    with pytest.raises(OptionError, match="has 3 bytes; at most 2 are taken"):
+        url_of_file(tmp_path / "photo.JPG")

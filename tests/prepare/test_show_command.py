@@ -225,3 +225,10 @@ def test_a_gguf_file_here_and_on_the_hub(
     # The header has some 150 kB; the weights, 560 kB, begin behind it.
     assert ranges[:3] == ["bytes=0-16383", "bytes=16384-65535", "bytes=65536-262143"]
     assert len(set(ranges)) == 3
+
+
+def test_models_that_see_say_what(run: Run) -> None:
+    path = Path(__file__).parents[1] / "image_references" / "llava"
+    assert run("show", str(path), "--json").json["images"] == {"size": 30, "num_rows": 9}
+    lines = run("show", str(path)).out.splitlines()
+    assert "images        30 x 30 pixels, 9 tokens each" in lines

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
-from image_models import CASES, CHAT_IMAGES, ImageModels, data_url, load_reference
+from image_models import (
+    CASES,
+    CHAT_IMAGES,
+    REFERENCES,
+    ImageModels,
+    data_url,
+    load_reference,
+)
 from live_server import live_server
 
 from mlc_llm.api import MLCEngine
@@ -246,6 +254,9 @@ def test_a_session_of_one_user_sees_too(image_models: ImageModels) -> None:
     params = SamplingParams(temperature=0, max_tokens=20)
     expected = session.tokenizer.decode(load_reference(name).greedy_tokens)
     assert "".join(session.chat(MESSAGES, params)) == expected
+    assert session.read_image(REFERENCES / "wide.png") == data_url("wide.png")
+    with pytest.raises(RequestError, match="it must begin as"):
+        session.read_image(Path(__file__))
     with pytest.raises(RequestError, match="images are not fetched"):
         bad = [{"type": "image_url", "image_url": {"url": "a.png"}}]
         next(iter(session.chat([{"role": "user", "content": bad}], params)))

@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mlc_llm.models import llava
 from mlc_llm.weights.names import rename_tensors
+from mlc_llm.weights.source import EncodedSource
 
 
 class Source:
@@ -60,3 +62,41 @@ def test_a_prefix_may_be_wanted() -> None:
 def test_without_a_prefix_nothing_is_renamed() -> None:
     source = Source("a.gamma")
     assert rename_tensors(source, ["a.weight"], "") is source
+
+
+def test_releases_of_transformers_spell_parts_differently() -> None:
+    spellings = llava.FAMILY.spellings
+    wanted = [
+        "vision_tower.pre_layrnorm.weight",
+        "multi_modal_projector.linear_1.weight",
+        "language_model.model.norm.weight",
+        "language_model.lm_head.weight",
+    ]
+    for names in (
+        wanted,
+        ["vision_tower.vision_model.pre_layrnorm.weight", *wanted[1:]],
+        [
+            "model.vision_tower.vision_model.pre_layrnorm.weight",
+            "model.multi_modal_projector.linear_1.weight",
+            "model.language_model.norm.weight",
+            "lm_head.weight",
+        ],
+    ):
+        renamed = rename_tensors(Source(*names), wanted, "", spellings)
+        assert renamed.names() == wanted
+        assert [int(renamed.read(name)[0]) for name in wanted] == [0, 1, 2, 3]
+        assert not isinstance(renamed, EncodedSource)
+
+
+def test_codes_are_found_under_other_names() -> None:
+    class Codes(Source):
+        def encoding(self, name: str) -> str | None:
+            return f"format of {name}"
+
+        def read_encoded(self, name: str) -> Any:
+            return f"codes of {name}"
+
+    renamed = rename_tensors(Codes("old.a", "b"), ["new.a", "b"], "", [("old.", "new.")])
+    assert isinstance(renamed, EncodedSource)
+    assert renamed.encoding("new.a") == "format of old.a"
+    assert [renamed.read_encoded(n) for n in ("new.a", "b")] == ["codes of old.a", "codes of b"]
