@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +164,31 @@ def _minicpm(case: dict[str, Any], config: Config, tensors: Tensors) -> tuple[Co
         scale_depth=round(depth, 6),
         dim_model_base=round(config["hidden_size"] / config["logits_scaling"]),
     )
-    return fields, tensors
+    if "num_local_experts" not in config:
+        return fields, tensors
+    fields.update(
+        num_experts=config["num_local_experts"], num_experts_per_tok=config["num_experts_per_tok"]
+    )
+    return fields, dict(_minicpm_experts(tensors))
+
+
+def _minicpm_experts(tensors: Tensors) -> Iterator[tuple[str, np.ndarray]]:
+    """Take experts apart, as (experts, gate and up, in) and (experts, out, in) hold them."""
+    for name, tensor in tensors.items():
+        at, _, leaf = name.partition("block_sparse_moe.")
+        if leaf == "router.layer.weight":
+            yield f"{at}mlp.gate.weight", tensor
+        elif leaf:
+            for number, matrix in enumerate(tensor):
+                expert = f"{at}mlp.experts.{number}"
+                if leaf == "output_linear.weight":
+                    yield f"{expert}.w2.weight", matrix
+                else:
+                    gate, up = np.split(matrix, 2)
+                    yield f"{expert}.w1.weight", gate
+                    yield f"{expert}.w3.weight", up
+        else:
+            yield name, tensor
 
 
 def _chatglm(case: dict[str, Any], config: Config, tensors: Tensors) -> tuple[Config, Tensors]:

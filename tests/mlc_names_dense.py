@@ -70,6 +70,10 @@ def fuse(config: Mapping[str, Any], weights: Weights) -> Iterator[tuple[str, Arr
             continue
         if any(f".{other}." in name for other in later):
             continue
+        if ".mlp.experts." in name:
+            if ".experts.0." in name:
+                yield from _stacked_experts(name, weights)
+            continue
         if "_layernorm.norms." in name:  # StableLM's largest; MLC LLM has no name for them
             if ".norms.0." in name:
                 yield from _stacked_norms(name, weights)
@@ -79,6 +83,20 @@ def fuse(config: Mapping[str, Any], weights: Weights) -> Iterator[tuple[str, Arr
                 rest = [weights[name.replace(start, other)] for other in others]
                 weight = np.concatenate([weight, *rest])
         yield _rename(name, names), _value(config, name, weight)
+
+
+def _stacked_experts(first: str, weights: Weights) -> Iterator[tuple[str, Array]]:
+    """Yield MiniCPM's experts, of the tensors of expert 0: [w1; w3] as e1_e3, w2 as e2."""
+    at, _, part = first.partition("experts.0.")
+    count = sum(name.startswith(f"{at}experts.") and name.endswith(part) for name in weights)
+    rows = {
+        kind: np.stack([weights[f"{at}experts.{e}.{kind}.weight"] for e in range(count)])
+        for kind in ("w1", "w2", "w3")
+    }
+    if part == "w1.weight":
+        yield f"{at}e1_e3.weight", np.concatenate([rows["w1"], rows["w3"]], axis=1)
+    elif part == "w2.weight":
+        yield f"{at}e2.weight", rows["w2"]
 
 
 def _stacked_norms(first: str, weights: Weights) -> Iterator[tuple[str, Array]]:
@@ -117,7 +135,7 @@ _FIELDS = (
     *("norm_eps", "hidden_act", "hidden_activation", "attention_bias", "bias", "use_bias"),
     *("tie_word_embeddings", "use_qkv_bias", "attn_logit_softcapping", "final_logit_softcapping"),
     *("query_pre_attn_scalar", "sliding_window", "clip_qkv", "logit_scale", "use_qk_norm"),
-    *("qk_layernorm", "use_parallel_residual"),
+    *("qk_layernorm", "use_parallel_residual", "num_experts", "num_experts_per_tok"),
     *("scale_emb", "scale_depth", "dim_model_base", "max_position_embeddings", "kv_channels"),
     *("original_max_position_embeddings", "num_layers", "ffn_hidden_size", "layernorm_epsilon"),
     *("layer_norm_epsilon", "rotary_emb_base", "scale_attn_weights", "no_bias"),

@@ -47,6 +47,7 @@ class Model:
     embedding_factor: float = 1
     residual_factor: float = 1
     logit_factor: float = 1
+    num_best: int = 0  # experts of a token, where there are any
     # What queries grow by each time that so many tokens went before.
     query_growth: float = 0
     query_period: int = 1
@@ -114,11 +115,26 @@ def _attention(model: Model, layer: int, hidden: Array) -> Array:
 
 def _mlp(model: Model, layer: int, hidden: Array) -> Array:
     at = f"layers.{layer}.mlp."
+    if at + "experts.0.w1.weight" in model.weights:
+        return _experts(model, at, hidden)
     up = _linear(model, at + "up_proj", hidden)
     if at + "gate_proj.weight" not in model.weights:
         return _linear(model, at + "down_proj", model.activation(up))
     gate = model.activation(_linear(model, at + "gate_proj", hidden))
     return _linear(model, at + "down_proj", gate * up)
+
+
+def _experts(model: Model, at: str, hidden: Array) -> Array:
+    """Mix the best experts of each token by the softmax of their logits."""
+    out = np.zeros_like(hidden)
+    for token, logits in enumerate(_linear(model, at + "gate", hidden)):
+        best = np.argsort(-logits)[: model.num_best]
+        share = np.exp(logits[best] - logits[best].max())
+        for expert, weight in zip(best, share / share.sum(), strict=True):
+            w1, w2, w3 = (model.weights[f"{at}experts.{expert}.w{i}.weight"] for i in (1, 2, 3))
+            x = hidden[token]
+            out[token] += weight * ((model.activation(x @ w1.T) * (x @ w3.T)) @ w2.T)
+    return out
 
 
 def _linear(model: Model, name: str, hidden: Array) -> Array:
@@ -264,6 +280,7 @@ def _minicpm(model: Model, config: Config) -> None:
     model.embedding_factor = config["scale_emb"]
     model.residual_factor = config["scale_depth"] / math.sqrt(model.layers)
     model.logit_factor = config["dim_model_base"] / config["hidden_size"]
+    model.num_best = config.get("num_experts_per_tok", 0)
 
 
 def _cohere(model: Model, config: Config) -> None:

@@ -68,6 +68,7 @@ FEATURES = [
     ("minicpm", {"scale_emb": 1}),
     ("minicpm", {"scale_depth": 1.0}),
     ("minicpm", {"dim_model_base": 32}),
+    ("minicpm_moe", {"num_experts_per_tok": 3}),
     ("baichuan_alibi", {"max_position_embeddings": 256}),
     ("cohere", {"logit_scale": 0.25}),
     ("starcoder2", {"sliding_window": 10}),

@@ -1,4 +1,7 @@
-"""MiniCPM: Llama with scaled embeddings, residuals and logits (Hu et al. 2024, section 3)."""
+"""MiniCPM: Llama with scaled embeddings, residuals and logits (Hu et al. 2024, section 3).
+
+MiniCPM-MoE has experts, chosen as Mixtral's.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,14 @@ from typing import Any, ClassVar
 
 from tvm.relax.frontend import nn
 
-from mlc_llm.errors import UnsupportedModel
-from mlc_llm.models.base import CausalLM, DecoderLM, Family, build_decoder
+from mlc_llm.kernels.cpu.routing import Routing
+from mlc_llm.models.base import CausalLM, DecoderLM, Family, build_decoder, gated_mlp
 from mlc_llm.models.config import DecoderConfig
 from mlc_llm.models.fused_attention import FusedAttention
 from mlc_llm.models.internlm import PARTS
+from mlc_llm.models.mixtral import MixtralMoE
+from mlc_llm.models.moe import check_experts, expert_rule
+from mlc_llm.models.plan import ParamRule
 from mlc_llm.nn import ops, row_ops
 from mlc_llm.nn.decoder import DecoderNames
 from mlc_llm.nn.kv import PagedKV
@@ -22,24 +28,42 @@ from mlc_llm.nn.ops import Rows
 
 @dataclass(frozen=True)
 class MiniCPMConfig(DecoderConfig):
-    """A decoder and its factors; dim_model_base is the width at which logits are not scaled."""
+    """A decoder and its factors; dim_model_base is the width at which logits are not scaled.
+
+    num_experts: 0 for none.
+    """
 
     DEFAULTS: ClassVar[Mapping[str, Any]] = {"tie_word_embeddings": True}
 
     scale_emb: float = 1
     scale_depth: float = 1
     dim_model_base: float = 1
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_experts:
+            check_experts(self.num_experts, self.num_experts_per_tok)
 
     @classmethod
     def huggingface_fields(cls, config: Mapping[str, Any]) -> dict[str, Any]:
         """Return constructor arguments from `config.json`."""
-        if config.get("num_experts"):
-            raise UnsupportedModel("configuration: MiniCPM with num_experts is not supported")
+        counts = ("num_experts", "num_experts_per_tok")
         factors = ("scale_emb", "scale_depth", "dim_model_base")
         return {
             **super().huggingface_fields(config),
             **{name: config.get(name) or 1 for name in factors},
+            **{name: config.get(name) or 0 for name in counts},
         }
+
+    @classmethod
+    def from_json(cls, model_config: Mapping[str, Any]) -> MiniCPMConfig:
+        """Build from an artifact's `model_config`; MLC LLM's may have null for no experts."""
+        counts = ("num_experts", "num_experts_per_tok")
+        return super().from_json(
+            {**model_config, **{name: model_config.get(name) or 0 for name in counts}}
+        )
 
 
 class MiniCPMLayer(nn.Module):
@@ -81,6 +105,13 @@ def attention(config: MiniCPMConfig, dtype: str, layer: int) -> FusedAttention:
     return FusedAttention(config, dtype, layer, names, bias=False, output_bias=False)
 
 
+def mlp(config: MiniCPMConfig, dtype: str, layer: int) -> nn.Module:
+    """Make the feed-forward layer, or the experts, of a layer."""
+    if not config.num_experts:
+        return gated_mlp(config, dtype, layer)
+    return MixtralMoE(config, Routing(config.num_experts, config.num_experts_per_tok), dtype)
+
+
 def build(config: MiniCPMConfig, dtype: str) -> CausalLM:
     """Build the unquantized module with parameters of `dtype`."""
 
@@ -91,7 +122,19 @@ def build(config: MiniCPMConfig, dtype: str) -> CausalLM:
         factor = config.scale_depth / math.sqrt(config.num_hidden_layers)
         return MiniCPMLayer(attention, mlp, norm, factor)
 
-    return build_decoder(config, dtype, attention, layer=layer, language_model=MiniCPMLM)
+    return build_decoder(config, dtype, attention, mlp, layer=layer, language_model=MiniCPMLM)
 
 
-FAMILY = Family("minicpm", ("MiniCPMForCausalLM",), MiniCPMConfig, build, PARTS)
+_EXPERTS = {"mlp.e1_e3": ("w1", "w3"), "mlp.e2": ("w2",)}
+
+
+def _special(config: MiniCPMConfig, parameter: str) -> ParamRule | None:
+    path = parameter.removesuffix(".weight")
+    for suffix, parts in _EXPERTS.items():
+        if path.endswith(suffix):
+            experts = f"{path.removesuffix(suffix)}mlp.experts"
+            return expert_rule(experts, parts, config.num_experts)
+    return None
+
+
+FAMILY = Family("minicpm", ("MiniCPMForCausalLM",), MiniCPMConfig, build, PARTS, _special)

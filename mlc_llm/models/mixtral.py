@@ -10,7 +10,7 @@ from tvm.relax.frontend import nn
 
 from mlc_llm.kernels.cpu.routing import Routing
 from mlc_llm.models.base import CausalLM, Family, build_decoder
-from mlc_llm.models.config import take_int
+from mlc_llm.models.config import DecoderConfig, take_int
 from mlc_llm.models.llama import FUSED, LlamaAttention
 from mlc_llm.models.mistral import MistralConfig
 from mlc_llm.models.moe import check_experts, expert_rule
@@ -44,21 +44,15 @@ class MixtralConfig(MistralConfig):
 
 
 class MixtralMoE(nn.Module):
-    """The two best experts of each token, weighted by the softmax of their two logits."""
+    """The best experts of each token, weighted by the softmax of their logits alone."""
 
-    def __init__(self, config: MixtralConfig, dtype: str, layer: int) -> None:
+    def __init__(self, config: DecoderConfig, routing: Routing, dtype: str) -> None:
         super().__init__()
-        del layer
-        hidden, width, count = (
-            config.hidden_size,
-            config.intermediate_size,
-            config.num_local_experts,
-        )
-        self.routing = Routing(count, config.num_experts_per_tok)
-        self.activation = config.hidden_act
-        self.gate = Linear(hidden, count, dtype)
-        self.e1_e3 = Experts(count, hidden, 2 * width, dtype)
-        self.e2 = Experts(count, width, hidden, dtype)
+        hidden, width = config.hidden_size, config.intermediate_size
+        self.routing, self.activation = routing, config.hidden_act
+        self.gate = Linear(hidden, routing.num_experts, dtype)
+        self.e1_e3 = Experts(routing.num_experts, hidden, 2 * width, dtype)
+        self.e2 = Experts(routing.num_experts, width, hidden, dtype)
 
     def forward(self, x: nn.Tensor | Rows) -> nn.Tensor:
         """Return (n, hidden) float32."""
@@ -68,10 +62,16 @@ class MixtralMoE(nn.Module):
         )
 
 
+def experts(config: MixtralConfig, dtype: str, layer: int) -> MixtralMoE:
+    """Make what a layer has in place of a feed-forward layer."""
+    del layer
+    return MixtralMoE(config, Routing(config.num_local_experts, config.num_experts_per_tok), dtype)
+
+
 def build(config: MixtralConfig, dtype: str) -> CausalLM:
     """Build the unquantized module with parameters of `dtype`."""
     names = DecoderNames(mlp="moe")
-    return build_decoder(config, dtype, LlamaAttention, MixtralMoE, names=names)
+    return build_decoder(config, dtype, LlamaAttention, experts, names=names)
 
 
 _EXPERTS = {"moe.e1_e3": ("w1", "w3"), "moe.e2": ("w2",)}

@@ -93,7 +93,6 @@ def test_text_part_beside_a_model_of_images() -> None:
         ("qwen", {"no_bias": False}, "no_bias=False is not supported"),
         ("qwen", {"scale_attn_weights": False}, "scale_attn_weights=False is not supported"),
         ("qwen", {"intermediate_size": 81}, "81 is odd"),
-        ("minicpm", {"num_experts": 8}, "num_experts is not supported"),
         ("chatglm", {"apply_residual_connection_post_layernorm": True}, "post_layernorm=True"),
     ],
 )

@@ -40,6 +40,7 @@ from mlc_llm.weights.shards import ShardWriter
 # experts that get a share; experts with biases.
 CASES = [
     *("gemma2", "gemma3_text", "phi3", "olmo2", "cohere_qk_norm", "nemotron", "minicpm"),
+    "minicpm_moe",
     *("baichuan_alibi", "internlm2", "chatglm", "llama4_text", "qwen", "gpt_oss"),
 ]
 # Sums of the same float32 products in another order.
