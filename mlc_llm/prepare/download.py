@@ -47,6 +47,7 @@ from mlc_llm.prepare.transfer import (
     partial_path,
     size_or_zero,
 )
+from mlc_llm.text.chat_template import PROCESSOR_TEMPLATE_NAME
 from mlc_llm.text.formats import FILE_PATTERNS
 
 _TOKENIZER_FILES = (
@@ -59,7 +60,7 @@ _TOKENIZER_FILES = (
 )
 _INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _SENTENCE_FILES = (MODULES_NAME, LIMITS_NAME)
-_IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
+_IMAGE_FILES = ("preprocessor_config.json", "processor_config.json", PROCESSOR_TEMPLATE_NAME)
 _SENTENCE_MODULE = re.compile(r"[0-9]_[A-Za-z]+/config\.json")
 _NUM_CONNECTIONS = 4
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"

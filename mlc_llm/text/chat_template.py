@@ -10,11 +10,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlc_llm.artifact import CHAT_TEMPLATE_NAME
+from mlc_llm.artifact import CHAT_TEMPLATE_NAME, read_json_object
 from mlc_llm.errors import CorruptFile, RequestError, TemplateError
 from mlc_llm.text.child_process import ChildError, ChildOverdue, ChildProcess
 from mlc_llm.text.settings import SETTINGS_NAME
 
+PROCESSOR_TEMPLATE_NAME = "chat_template.json"
 DEFAULT_TIMEOUT_S = 5.0
 DEFAULT_MAX_OUTPUT_CHARS = 8 << 20
 DEFAULT_MEMORY_LIMIT_BYTES = 512 << 20
@@ -105,9 +106,9 @@ def find_chat_template(
 ) -> str | None:
     """Return the Jinja source a model directory brings, or None.
 
-    The file chat_template.jinja goes before the `chat_template` of tokenizer_config.json, given as
-    `settings`: a string, or a list of named ones of which "default" is taken, or "tool_use" with
-    tools. Raises CorruptFile if it is something else.
+    The file chat_template.jinja goes before chat_template.json, and that before the `chat_template`
+    of tokenizer_config.json, given as `settings`: a string, or a list of named ones of which
+    "default" is taken, or "tool_use" with tools. Raises CorruptFile if it is something else.
     """
     path = directory / CHAT_TEMPLATE_NAME
     if path.is_file():
@@ -116,6 +117,10 @@ def find_chat_template(
         except UnicodeDecodeError:
             raise CorruptFile(f"{path} is not UTF-8 text; fetch or make it again") from None
     given = settings.get("chat_template")
+    # Where transformers 4 kept the templates of models that see.
+    of_processor = directory / PROCESSOR_TEMPLATE_NAME
+    if of_processor.is_file():
+        given = read_json_object(of_processor).get("chat_template", given)
     if given is None or isinstance(given, str):
         return given
     try:

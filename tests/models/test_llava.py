@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,7 @@ from mlc_llm.artifact import read_json_object, read_tensor_index
 from mlc_llm.compiler.compile import CompiledModel
 from mlc_llm.errors import CorruptFile, UnsupportedModel
 from mlc_llm.models.registry import find_family
+from mlc_llm.prepare.original import read_model
 from mlc_llm.runtime.pages import PagePool
 
 pytestmark = pytest.mark.cpu
@@ -187,3 +190,17 @@ def test_what_is_not_supported_is_refused_by_name(
 def test_its_successor_is_refused_by_name() -> None:
     with pytest.raises(UnsupportedModel, match="LlavaNextForConditionalGeneration is not supp"):
         find_family({"architectures": ["LlavaNextForConditionalGeneration"]})
+
+
+def test_settings_of_images_come_from_either_file(tmp_path: Path) -> None:
+    settings = read_json_object(REFERENCES / "llava" / "preprocessor_config.json")
+    (tmp_path / "config.json").write_text(json.dumps(config_of("llava")))
+    _, without = read_model(tmp_path)
+    assert without.to_json()["image_processing"] is None
+    whole = {"image_token": "<image>", "image_processor": {**settings, "resample": 2}}
+    (tmp_path / "processor_config.json").write_text(json.dumps(whole))
+    _, new = read_model(tmp_path)
+    assert new.to_json()["image_processing"]["resample"] == 2
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    _, old = read_model(tmp_path)
+    assert old.to_json()["image_processing"]["resample"] == 3

@@ -435,3 +435,10 @@ def test_repository_without_a_model() -> None:
         select_files(["README.md", "data.csv", "sub/config.json"], REF)
     with pytest.raises(ModelNotFound, match=r"it holds adapter_model\.safetensors, config\.json"):
         select_files(["config.json", "adapter_model.safetensors"], REF)
+
+
+def test_files_of_models_that_see_are_selected() -> None:
+    wanted = ["chat_template.json", "config.json", "preprocessor_config.json"]
+    wanted += ["processor_config.json", "tokenizer.json"]
+    chosen = select_files([*wanted, "README.md", "model.safetensors"], REF)
+    assert sorted(chosen) == sorted([*wanted, "model.safetensors"])

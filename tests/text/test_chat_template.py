@@ -346,3 +346,10 @@ def test_unreadable_and_ambiguous_templates_are_a_corrupt_file(tmp_path: Path) -
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe")
     with pytest.raises(CorruptFile, match="UTF-8"):
         find_chat_template(tmp_path, settings)
+
+
+def test_templates_of_models_that_see_may_have_a_file_of_their_own(tmp_path: Path) -> None:
+    (tmp_path / "chat_template.json").write_text('{"chat_template": "of the processor"}')
+    assert find_chat_template(tmp_path, {"chat_template": "setting"}) == "of the processor"
+    (tmp_path / "chat_template.jinja").write_text("file")
+    assert find_chat_template(tmp_path, {}) == "file"
