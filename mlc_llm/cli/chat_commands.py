@@ -23,6 +23,7 @@ SETTINGS: Mapping[str, type] = {
     "seed": int,
     "stop": str,
 }
+_FORMAT = "response_format"
 _CAN_BE_UNSET = ("max_tokens", "seed", "stop")
 
 HELP = """\
@@ -35,6 +36,9 @@ HELP = """\
 /set                 print the settings
 /set key=value;...   change settings: temperature, top_p, frequency_penalty, presence_penalty,
                      max_tokens, seed, stop (several with commas); `none` unsets the last three
+/set response_format=FORMAT
+                     the form of the next answers: text, json_object, or JSON as in requests,
+                     such as {"type": "regex", "regex": "yes|no"}
 Commands may be shortened (/st for /stats). Enter sends, Esc+Enter starts a new line, Ctrl-C stops
 an answer. A text that begins with / is sent if a space comes first."""
 
@@ -68,7 +72,8 @@ def run_command(line: str, dialogue: Dialogue, say: Callable[[str], None]) -> No
         say("the conversation is forgotten")
     else:
         _change_settings(argument, dialogue)
-        say(describe_params(dialogue.params, SETTINGS))
+        settings = describe_params(dialogue.params, SETTINGS)
+        say(f"{settings}; {_FORMAT}={dialogue.format}")
 
 
 def _find_command(name: str) -> str:
@@ -92,6 +97,11 @@ def _add_image(text: str, dialogue: Dialogue) -> None:
 
 
 def _change_settings(text: str, dialogue: Dialogue) -> None:
+    key, equals, value = text.partition("=")
+    if key.strip() == _FORMAT and equals:
+        # A setting of its own line: JSON may hold what parts others.
+        dialogue.set_format(value.strip())
+        return
     values = parse_settings(text, SETTINGS, "/set", can_be_none=_CAN_BE_UNSET)
     changes: dict[str, Any] = dict(values)
     if "stop" in changes:

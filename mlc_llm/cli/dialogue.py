@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from mlc_llm.errors import ContextTooLong
 
 if TYPE_CHECKING:
+    from mlc_llm.engine.grammar import GrammarSpec
     from mlc_llm.engine.session import ChatSession, RequestStats, SamplingParams
 
 
@@ -21,6 +22,8 @@ class Dialogue:
     def __init__(self, session: ChatSession, params: SamplingParams, system: str | None) -> None:
         self.session = session
         self.params = params
+        self.format = "text"
+        self._grammar: GrammarSpec | None = None
         self._system = [{"role": "system", "content": system}] if system else []
         self._turns: list[dict[str, Any]] = []
         self._images: list[str] = []  # data URLs that go with the next question
@@ -29,6 +32,18 @@ class Dialogue:
     def messages(self) -> list[dict[str, Any]]:
         """The system message, if there is one, and all turns."""
         return [*self._system, *self._turns]
+
+    def set_format(self, text: str) -> None:
+        """Let the next answers be in a format: `text`, `json_object`, or a response_format in JSON.
+
+        Raises OptionError or RequestError for what is none, or cannot be enforced.
+        """
+        from mlc_llm.serve.response_format import read_grammar
+
+        grammar = read_grammar(text)
+        if grammar is not None:
+            self.session.check_grammar(grammar)
+        self.format, self._grammar = text, grammar
 
     def reset(self) -> None:
         """Forget all turns and images; the system message stays."""
@@ -77,7 +92,8 @@ class Dialogue:
         """Return the running answer and the turns that it was given."""
         kept = self._turns
         while True:
-            stream = self.session.chat([*self._system, *kept, question], self.params)
+            messages = [*self._system, *kept, question]
+            stream = self.session.chat(messages, self.params, self._grammar)
             try:
                 # The session counts tokens when the first piece is asked for.
                 first = next(stream, "")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mlc_llm.artifact import ChatConfig
 from mlc_llm.engine.config import EngineConfig
 from mlc_llm.engine.engine import Engine
+from mlc_llm.engine.grammar import GrammarSpec
 from mlc_llm.engine.metrics import RequestStats
 from mlc_llm.engine.open import open_model
 from mlc_llm.engine.request import Request
@@ -20,6 +22,9 @@ from mlc_llm.text.stop import StopFilter
 from mlc_llm.text.tokenizer import Tokenizer
 
 __all__ = ["ChatSession", "RequestStats", "SamplingParams"]
+
+# Tokens at the end of a prompt that tell whether it has begun or ended the model's thoughts.
+_TAIL = 16
 
 
 class ChatSession:
@@ -73,15 +78,35 @@ class ChatSession:
         """Return an image file as a message has it, see `PromptBuilder.read_image`."""
         return self._prompts.read_image(path)
 
-    def chat(self, messages: Sequence[Mapping[str, Any]], params: SamplingParams) -> Iterator[str]:
+    def check_grammar(self, grammar: GrammarSpec) -> None:
+        """Raise RequestError unless answers can be held to a grammar."""
+        if self._prompts.formats.splits_channels:
+            raise RequestError(
+                "this model answers on channels, which `mlc_llm chat` cannot hold to a format; "
+                "use `mlc_llm serve`",
+                "response_format",
+            )
+        if self._engine.grammars is not None:
+            self._engine.grammars.compile(grammar)
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        params: SamplingParams,
+        grammar: GrammarSpec | None = None,
+    ) -> Iterator[str]:
         """Answer a conversation piece by piece; closing the iterator stops the work.
 
-        Raises ContextTooLong, TemplateError or RequestError, before the first piece.
+        grammar: what the answer must match, after the model's thoughts where it has such. Raises
+        ContextTooLong, TemplateError or RequestError, before the first piece.
         """
         prompt = self._prompts.build(messages)
+        if grammar is not None:
+            self.check_grammar(grammar)
+            grammar = self._after_thoughts(grammar, prompt.token_ids)
         stream = self.tokenizer.stream()
         stops = StopFilter([*self._prompts.stop_strings, *params.stop])
-        tokens = self.generate(prompt.token_ids, params, prompt.images)
+        tokens = self.generate(prompt.token_ids, params, prompt.images, grammar)
         try:
             for token in tokens:
                 if text := stops.put(stream.put(token)):
@@ -99,6 +124,7 @@ class ChatSession:
         token_ids: Sequence[int],
         params: SamplingParams,
         images: tuple[PromptImage, ...] = (),
+        grammar: GrammarSpec | None = None,
     ) -> Generator[int, None, None]:
         """Continue tokens; stop tokens end the iteration and are not part of it.
 
@@ -111,9 +137,20 @@ class ChatSession:
             params,
             stop_token_ids=stops,
             images=images,
+            grammar=grammar,
         )
         self._engine.check(request)
         return self._generate(request)
+
+    def _after_thoughts(self, grammar: GrammarSpec, prompt: Sequence[int]) -> GrammarSpec:
+        """Let a grammar begin where the thoughts end that follow a prompt."""
+        formats = self._prompts.formats
+        marks = formats.reasoning
+        if marks is None:
+            return grammar
+        tail = self.tokenizer.decode(prompt[-_TAIL:], skip_special_tokens=False)
+        thinks = marks.is_open(tail) or (formats.thinks_first and not marks.is_closed(tail))
+        return replace(grammar, starts_after=(marks.end,)) if thinks else grammar
 
     def _generate(self, request: Request) -> Generator[int, None, None]:
         if self._is_generating:

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
 
 from mlc_llm.engine.grammar import GrammarSpec
+from mlc_llm.errors import OptionError
+from mlc_llm.serve.errors import field_error
 from mlc_llm.serve.protocol.response_format import (
     ChoiceFormat,
     GrammarFormat,
@@ -50,6 +55,24 @@ def grammar_of(response_format: ResponseFormat | None) -> GrammarSpec | None:
         check_size(structure["schema"])
     tags = {"structures": structures, "triggers": response_format.triggers}
     return GrammarSpec("structural_tag", json.dumps(tags, ensure_ascii=False))
+
+
+def read_grammar(text: str) -> GrammarSpec | None:
+    """Return the grammar of a format that a person wrote: the name of one, or JSON.
+
+    Raises OptionError for what is no format, RequestError as `grammar_of` does.
+    """
+    value: Any = {"type": text}
+    try:
+        if text.startswith("{"):
+            value = json.loads(text)
+        response_format: ResponseFormat = TypeAdapter(ResponseFormat).validate_python(value)
+    except (ValueError, RecursionError) as error:
+        reason = field_error(error, value) if isinstance(error, ValidationError) else error
+        raise OptionError(
+            f"response_format is neither text, json_object nor such a format in JSON: {reason}"
+        ) from None
+    return grammar_of(response_format)
 
 
 def _write(schema: Schema) -> str:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from mlc_llm.artifact import ChatConfig
-from mlc_llm.errors import ContextTooLong, OptionError
+from mlc_llm.engine.grammar import GrammarSpec
+from mlc_llm.errors import ContextTooLong, OptionError, RequestError
 
 CONFIG = ChatConfig(
     model_type="llama",
@@ -47,6 +48,7 @@ class FakeSession:
         self.max_chars = max_chars
         self.prompts: list[list[dict[str, str]]] = []
         self.params: list[Any] = []
+        self.grammars: list[GrammarSpec | None] = []
         self.num_stopped = 0
         self.is_closed = False
         self._answers = list(answers)
@@ -54,7 +56,17 @@ class FakeSession:
     def read_image(self, path: Path) -> str:
         return f"data:{path}"
 
-    def chat(self, messages: Sequence[Mapping[str, Any]], params: Any) -> Iterator[str]:
+    def check_grammar(self, grammar: GrammarSpec) -> None:
+        if grammar.kind == "regex":
+            raise RequestError("no expressions here")
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        params: Any,
+        grammar: GrammarSpec | None = None,
+    ) -> Iterator[str]:
+        self.grammars.append(grammar)
         num_chars = sum(len(message["content"]) for message in messages)
         if num_chars > self.max_chars:
             raise ContextTooLong(f"prompt has {num_chars} characters")

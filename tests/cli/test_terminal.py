@@ -10,7 +10,8 @@ from prompt_toolkit.output import DummyOutput
 from mlc_llm.cli.chat_commands import run_command
 from mlc_llm.cli.dialogue import Dialogue
 from mlc_llm.cli.terminal import print_answer, prompt_reader, run_interactive
-from mlc_llm.errors import OptionError, TemplateError
+from mlc_llm.engine.grammar import GrammarSpec
+from mlc_llm.errors import MlcError, OptionError, TemplateError
 
 from .fakes import FakeParams, FakeSession
 
@@ -80,8 +81,8 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(capsys: pytest.CaptureFixture[
 
 def test_a_real_interrupt_signal_stops_the_answer(capsys: pytest.CaptureFixture[str]) -> None:
     class Pressing(FakeSession):
-        def chat(self, messages, params):  # type: ignore[no-untyped-def]
-            for piece in super().chat(messages, params):
+        def chat(self, *question):  # type: ignore[no-untyped-def]
+            for piece in super().chat(*question):
                 yield piece
                 signal.raise_signal(signal.SIGINT)
 
@@ -149,8 +150,42 @@ def test_set_changes_the_settings_of_the_next_answer() -> None:
     run_command("/set", dialogue, said.append)
     assert said[-1] == (
         "temperature=0.5; top_p=1.0; frequency_penalty=0.0; presence_penalty=0.0; "
-        "max_tokens=none; seed=1; stop=none"
+        "max_tokens=none; seed=1; stop=none; response_format=text"
     )
+
+
+def test_set_changes_the_format_of_the_next_answers() -> None:
+    dialogue = dialogue_of(["{}"], ["a;b"], ["any"])
+    said: list[str] = []
+    choice = '{"type": "choice", "choice": ["a;b"]}'
+    for form in ("json_object", choice, "text"):
+        run_command(f"/set response_format = {form}", dialogue, said.append)
+        assert said[-1].endswith(f"; response_format={form}")
+        assert list(dialogue.answer("a question", said.append))
+    assert dialogue.session.grammars == [  # type: ignore[attr-defined]
+        GrammarSpec("json_object"),
+        GrammarSpec("choice", '["a;b"]'),
+        None,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("form", "words"),
+    [
+        ("json", "neither text, json_object nor such a format in JSON"),
+        ('{"type": "json_schema"', "neither text"),
+        ('{"type": "json_schema"}', "json_schema: Field required"),
+        ('{"type": "regex", "regex": "a"}', "no expressions here"),
+    ],
+)
+def test_a_bad_format_changes_nothing(form: str, words: str) -> None:
+    dialogue = dialogue_of(["any"])
+    run_command("/set response_format=json_object", dialogue, lambda _: None)
+    with pytest.raises(MlcError) as caught:
+        run_command(f"/set response_format={form}", dialogue, print)
+    assert words in str(caught.value) and dialogue.format == "json_object"
+    assert list(dialogue.answer("a question", print)) == ["any"]
+    assert dialogue.session.grammars == [GrammarSpec("json_object")]  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(

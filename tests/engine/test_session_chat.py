@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
 import pytest
-from fakes import FakeRunner, only
+from fakes import VOCAB_SIZE, FakeRunner, only
 from prometheus_client.parser import text_string_to_metric_families
 
+from mlc_llm.engine.grammar import GrammarSpec
+from mlc_llm.engine.grammar_cache import GrammarCache
 from mlc_llm.engine.session import ChatSession, SamplingParams
 from mlc_llm.errors import ContextTooLong, RequestError
+from mlc_llm.text.grammars.vocabulary import GrammarVocabulary
+from mlc_llm.text.reasoning import find_reasoning
 
 MESSAGES = [{"role": "user", "content": "hello"}]
 GREEDY = SamplingParams(temperature=0.0)
@@ -114,3 +121,45 @@ def test_large_counts_are_exact(open_session) -> None:
     session = open_session(FakeRunner())
     session._engine.metrics.prompt_tokens = 123_456_789
     assert read_metrics(session)["mlc_llm_prompt_tokens_total"] == 123_456_789
+
+
+@pytest.fixture
+def with_grammars(tokenizer) -> Iterator[Callable[[ChatSession], ChatSession]]:
+    cache = GrammarCache(lambda: GrammarVocabulary(tokenizer, [2], VOCAB_SIZE))
+
+    def add(session: ChatSession) -> ChatSession:
+        session._engine.grammars = cache
+        return session
+
+    yield add
+    cache.close()
+
+
+def test_answer_is_held_to_a_grammar(open_session, tokenizer, with_grammars) -> None:
+    session = with_grammars(say(open_session, tokenizer, "no way!")[0])
+    choice = GrammarSpec("choice", '["never", "nobody knows"]')
+    assert "".join(session.chat(MESSAGES, GREEDY, choice)) == "nobody knows"
+    assert session.last.finish_reason == "stop"
+
+
+def test_grammar_begins_after_the_thoughts(open_session, tokenizer, with_grammars) -> None:
+    said = "<think>well</think>no way!"
+    session = with_grammars(say(open_session, tokenizer, said)[0])
+    prompts = session._prompts
+    choice = GrammarSpec("choice", '["never", "nobody knows"]')
+    thinking = replace(prompts.formats, reasoning=find_reasoning("think", None))
+    prompts.formats = replace(thinking, thinks_first=True)
+    answer = "".join(session.chat(MESSAGES, GREEDY, choice))
+    assert answer == "<think>well</think>nobody knows"
+
+
+def test_bad_grammar_is_refused_before_the_first_piece(
+    open_session, tokenizer, with_grammars
+) -> None:
+    session = with_grammars(say(open_session, tokenizer, "no")[0])
+    with pytest.raises(RequestError, match="not JSON"):
+        next(iter(session.chat(MESSAGES, GREEDY, GrammarSpec("json_schema", "{"))))
+    prompts = session._prompts
+    prompts.formats = replace(prompts.formats, splits_channels=True)
+    with pytest.raises(RequestError, match="channels"):
+        session.check_grammar(GrammarSpec("json_object"))
