@@ -151,7 +151,8 @@ class SequenceGrammar:
         if self._error is not None:
             reason = self._error.splitlines()[0][:200] if self._error else "unknown"
             raise RequestError(
-                f"the grammar takes too much work at this place ({reason}); make it simpler",
+                "the answer cannot go on: the grammar takes too much work at this place, or wants "
+                f"a character that the model does not know ({reason}); make it simpler",
                 "response_format",
             )
 
