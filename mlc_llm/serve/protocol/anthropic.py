@@ -28,6 +28,11 @@ _REFUSED: Refused = {
     "container": ((), "the server runs no code"),
     "mcp_servers": (([],), "the server calls no others"),
     "context_management": ((), "no part of the messages is left out; shorten them"),
+    "compaction": ((), "no part of the messages is left out; shorten them"),
+    "thread": ((False,), "the server stores nothing; for a client's tool_runner, thread=False"),
+    "fallbacks": (([],), "there is one model"),
+    "fallback_credit_token": ((), "there are no accounts"),
+    "billing_policy": ((), "there are no accounts"),
     "diagnostics": ((), "there is nothing to tell beside the answer"),
     "speed": (("standard",), "there is one speed"),
 }
