@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,8 @@ import pytest
 from fakes import FakeRunner
 from numpy.typing import NDArray
 
+from mlc_llm.engine.grammar_cache import CompiledGrammar
+from mlc_llm.engine.grammar_masks import SequenceGrammar
 from mlc_llm.engine.sampler import Sampler, SequenceSampler
 from mlc_llm.engine.sampling import SamplingParams
 from mlc_llm.errors import StepFailed
@@ -131,3 +135,45 @@ def test_what_is_held_back_is_never_drawn(runner, logits) -> None:
 def test_top_p_of_nothing_takes_the_likeliest(runner, logits) -> None:
     rows = [make_row(index, seed=1, top_p=top_p) for index in range(20) for top_p in (0, 1e-60)]
     assert set(choose(runner, logits, *rows)) == {int(logits.argmax())}
+
+
+def test_no_draw_takes_what_a_grammar_forbids(runner: KernelRunner) -> None:
+    """However likely the rest, and whatever the settings: 2,000 draws from three tokens of many."""
+    vocabulary = SimpleNamespace(end_id=VOCAB, size=VOCAB + 1)
+    allowed = [5, 500, VOCAB - 1]
+    rng = np.random.default_rng(1)
+    seen: Counter[int] = Counter()
+    for number in range(100):
+        settings = {
+            "temperature": float(rng.choice([0.01, 1.0, 100.0])),
+            "top_p": float(rng.choice([0.05, 0.9, 1.0])),
+            "top_k": int(rng.choice([0, 2, 40])),
+            "min_p": float(rng.choice([0.0, 0.5])),
+        }
+        rows = [make_row(index, seed=number, **settings) for index in range(20)]
+        for row in rows:
+            row.grammar = SequenceGrammar(
+                CompiledGrammar(OnlyThese(allowed), vocabulary, ()), [2], np.float32(-1e30)
+            )
+        logits = (30 * rng.standard_normal((20, VOCAB))).astype(np.float32)
+        logits[:, allowed] -= 60
+        seen.update(sampled.token_id for sampled in Sampler(runner).sample(logits, rows))
+    assert set(seen) == set(allowed) and seen.total() == 2000
+
+
+class OnlyThese:
+    """A matcher that allows some tokens, and no end."""
+
+    def __init__(self, allowed: list[int]) -> None:
+        bits = np.zeros(-(-VOCAB // 32) * 32 + 32, np.uint8)
+        bits[allowed] = 1
+        self._words = np.packbits(bits, bitorder="little")
+
+    def deep_copy(self) -> OnlyThese:
+        return self
+
+    def is_error(self) -> bool:
+        return False
+
+    def unsafe_compute_mask_ptr(self, pointer: int, num_bytes: int) -> None:
+        ctypes.memmove(pointer, self._words.ctypes.data, num_bytes)
