@@ -19,7 +19,7 @@ from mlc_llm.models.base import CausalLM, Family, build_decoder
 from mlc_llm.models.checking import check_layer_types
 from mlc_llm.models.config import take_int
 from mlc_llm.models.llama import FUSED, LlamaAttention, LlamaConfig
-from mlc_llm.models.moe import check_experts, expert_rule
+from mlc_llm.models.moe import check_experts, expert_rule, outputs_first
 from mlc_llm.models.plan import ParamRule, concatenate
 from mlc_llm.nn import expert_ops, row_ops
 from mlc_llm.nn.kv import PagedKV
@@ -124,11 +124,6 @@ def build(config: GptOssConfig, dtype: str) -> CausalLM:
     return build_decoder(config, dtype, GptOssAttention, GptOssMoE)
 
 
-def _outputs_first(parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
-    """Return weights (experts, in, out) as (experts, out, in)."""
-    return np.ascontiguousarray(parts[0].swapaxes(1, 2))
-
-
 def _gates_first(parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
     """Return outputs (experts, 2 * width, ...) as [gate; up], which take turns in checkpoints."""
     return np.concatenate([parts[0][:, 0::2], parts[0][:, 1::2]], axis=1)
@@ -141,7 +136,7 @@ def _gates_and_outputs_first(parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
 _STACKED = {
     "moe_gate_up_proj.weight": ("experts.gate_up_proj", _gates_and_outputs_first),
     "moe_gate_up_proj.bias": ("experts.gate_up_proj_bias", _gates_first),
-    "moe_down_proj.weight": ("experts.down_proj", _outputs_first),
+    "moe_down_proj.weight": ("experts.down_proj", outputs_first),
     "moe_down_proj.bias": ("experts.down_proj_bias", concatenate),
 }
 _SPLIT = {"moe_gate_up_proj": ("gate_proj", "up_proj"), "moe_down_proj": ("down_proj",)}

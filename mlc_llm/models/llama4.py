@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import numpy as np
-from numpy.typing import NDArray
 from tvm.relax.frontend import nn
 
 from mlc_llm.errors import CorruptFile, OptionError, UnsupportedModel
@@ -16,7 +14,7 @@ from mlc_llm.kernels.cpu.query_scale import QueryScale
 from mlc_llm.kernels.cpu.routing import Routing
 from mlc_llm.models.base import CausalLM, Family, build_decoder
 from mlc_llm.models.llama import FUSED, LlamaConfig, attention_shape
-from mlc_llm.models.moe import check_experts
+from mlc_llm.models.moe import check_experts, outputs_first
 from mlc_llm.models.plan import ParamRule
 from mlc_llm.nn import expert_ops, ops, row_ops
 from mlc_llm.nn.decoder import DecoderNames
@@ -264,15 +262,10 @@ def build(config: Llama4Config, dtype: str) -> CausalLM:
     )
 
 
-def _swap(parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
-    """Return weights (experts, in, out) as (experts, out, in)."""
-    return np.ascontiguousarray(parts[0].swapaxes(1, 2))
-
-
 def _special(config: Llama4Config, parameter: str) -> ParamRule | None:
     del config
     is_stacked = ".experts." in parameter
-    return ParamRule((parameter.removesuffix(".weight"),), _swap) if is_stacked else None
+    return ParamRule((parameter.removesuffix(".weight"),), outputs_first) if is_stacked else None
 
 
 def _beside_images(config: Llama4Config, parameter: str) -> ParamRule:

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
 from mlc_llm.errors import CorruptFile
 from mlc_llm.models.plan import ParamRule, Stack
 
@@ -19,6 +25,11 @@ def check_experts(num_experts: object, per_token: object, *sizes: object) -> Non
         raise CorruptFile(
             f"model configuration: a token has {per_token} experts, the model {num_experts}"
         )
+
+
+def outputs_first(parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    """Return weights (experts, in, out), the only part, as (experts, out, in)."""
+    return np.ascontiguousarray(parts[0].swapaxes(1, 2))
 
 
 def expert_rule(
