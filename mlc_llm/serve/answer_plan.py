@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +16,7 @@ from mlc_llm.errors import RequestError
 from mlc_llm.serve.model import ServedModel
 from mlc_llm.text.answers import AnswerFormats
 from mlc_llm.text.events import AnswerParser
+from mlc_llm.text.grammars.schema import PARAM as GRAMMAR_PARAM
 from mlc_llm.text.grammars.schema import check_schema
 from mlc_llm.text.tool_calls.grammar import call_grammar
 from mlc_llm.text.tool_calls.tools import ToolUse
@@ -40,6 +40,11 @@ class AnswerPlan:
     is_thinking: bool = False
     holds_calls: bool = True
     grammar: GrammarSpec | None = None
+
+    @property
+    def grammar_param(self) -> str:
+        """The field of the request that is at fault where the grammar is."""
+        return "tools" if self.use.callable_tools else GRAMMAR_PARAM
 
     @property
     def max_calls(self) -> int:
@@ -99,7 +104,6 @@ def _grammar_of(
         if not use.callable_tools and plan.formats.calls.reader != "harmony":
             return content
         schema = _schema_of(content)
-    _check_tools(use)
     special = model.tokenizer.vocabulary.special_ids
     ids = {text: model.tokenizer.token_to_id(text) for text in shape.special}
     token_ids = {text: token for text, token in ids.items() if token in special}
@@ -124,21 +128,28 @@ def _schema_of(content: GrammarSpec) -> dict[str, Any] | bool:
     return check_schema(json.loads(content.source))
 
 
-def _check_tools(use: ToolUse) -> None:
-    """Raise RequestError for a schema that is to be enforced and cannot be."""
+async def check_tools(model: ServedModel, use: ToolUse) -> None:
+    """Raise RequestError for a schema that is to be enforced and cannot be.
+
+    Each is compiled by itself, since what is wrong in a part of a grammar may show only when an
+    answer comes to it. Compiled ones are kept, so this is quick for tools that were seen before.
+    """
+    grammars = model.worker.engine.grammars
     for tool in use.callable_tools:
-        if tool.strict or use.choice == "required":
-            place = use.tools.index(tool)
-            with renamed(f"tools[{place}].function.parameters"):
-                check_schema(deepcopy(dict(tool.schema)))
+        if grammars is not None and (tool.strict or use.choice == "required"):
+            with renamed(f"tools[{use.tools.index(tool)}].function.parameters"):
+                source = json.dumps(tool.schema, ensure_ascii=False)
+                await grammars.compile_soon(GrammarSpec("json_schema", source))
 
 
 @contextmanager
 def renamed(param: str) -> Iterator[None]:
-    """Let errors about a grammar name the field that it was made of."""
+    """Let errors about a grammar, which is of response_format else, name what it was made of."""
     try:
         yield
     except RequestError as error:
+        if error.param is None or not error.param.startswith(GRAMMAR_PARAM):
+            raise
         message = str(error)
         error.args = (f"{param}: {message}", *error.args[1:])
         error.param = param

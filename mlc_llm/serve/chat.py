@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
-from mlc_llm.serve.answer_plan import plan_answers, template_variables
+from mlc_llm.serve.answer_plan import check_tools, plan_answers, renamed, template_variables
 from mlc_llm.serve.chat_answer import AnswerWriter, deltas_of
 from mlc_llm.serve.generation import (
     EndReason,
@@ -129,6 +129,7 @@ async def start_chat(
 ) -> Generation:
     """Queue a conversation for its answers. Raises as `chat` does."""
     params = sampling_params(model, request, request.max_new_tokens, request.num_logprobs)
+    await check_tools(model, request.tool_use)
     # Templates run in another process and long texts take time: neither holds up the event loop.
     prompt = await asyncio.to_thread(_prompt_of, model, request)
     plan = await asyncio.to_thread(
@@ -141,17 +142,18 @@ async def start_chat(
         holds_calls=not request.stream,
     )
     engine_id = request.request_id or request_id
-    return await start_generation(
-        model,
-        request,
-        engine_id,
-        prompt.token_ids,
-        params,
-        n=request.num_choices,
-        plan=plan,
-        grammar=plan.grammar,
-        images=prompt.images,
-    )
+    with renamed(plan.grammar_param):
+        return await start_generation(
+            model,
+            request,
+            engine_id,
+            prompt.token_ids,
+            params,
+            n=request.num_choices,
+            plan=plan,
+            grammar=plan.grammar,
+            images=prompt.images,
+        )
 
 
 async def count_prompt_tokens(model: ServedModel, request: ChatCompletionRequest) -> int:

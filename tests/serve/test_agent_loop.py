@@ -9,6 +9,7 @@ import openai
 import pytest
 from agents import TEMPLATE, TOKENIZER, TOOLS, agent_server, ask, run_agent
 from small_tokenizers import CHATML_TEMPLATE
+from tool_replies import BAITS
 
 from mlc_llm.text.tool_calls.registry import format_names, get_format
 from mlc_llm.text.tool_calls.tools import WrittenCall
@@ -228,6 +229,51 @@ def test_response_format_holds_beside_tools() -> None:
         messages = run_agent(client, "Hi", stream=True, response_format=wanted)
         assert [m["role"] for m in messages] == ["user", "assistant", "tool", "assistant"]
         assert json.loads(messages[-1]["content"]) == {"ok": True}
+
+
+def hostile(**schema: Any) -> list[Any]:
+    function = {"name": "f", "strict": True, "parameters": {"type": "object", **schema}}
+    return [{"type": "function", "function": function}]
+
+
+def nested(depth: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {"type": "string"}
+    for _ in range(depth):
+        schema = {"type": "object", "properties": {"a": schema}}
+    return schema
+
+
+HOSTILE = [
+    hostile(properties={"a": {"type": "string", "pattern": "(unclosed"}}),
+    hostile(
+        properties={"a": {"$ref": "#/$defs/a"}},
+        required=["a"],
+        **{"$defs": {"a": {"$ref": "#/$defs/a"}}},
+    ),
+    hostile(properties={"a": {"enum": list(range(100_000))}}),
+    hostile(properties={"a": nested(70)}),
+    hostile(properties={f"p{n}": {"type": "string"} for n in range(5000)}),
+]
+
+
+def test_hostile_schemas_are_refused_in_time_and_nobody_else_waits() -> None:
+    replies = [get_format("hermes").shape.write([WEATHER]), "ok"]
+    with agent_server("hermes", replies) as (client, _):
+        for tools in HOSTILE:
+            with pytest.raises(openai.BadRequestError) as caught:
+                client.with_options(timeout=10).chat.completions.create(
+                    model="fake", messages=QUESTION, tools=tools
+                )
+            assert caught.value.param is not None and caught.value.param.startswith("tools")
+            assert len(caught.value.message) < 3000
+        assert run_agent(client, "Hi", stream=True)[-1]["content"] == "ok"
+
+
+def test_baits_come_out_as_they_went_in() -> None:
+    for bait in BAITS[:8]:
+        with agent_server("hermes", [bait]) as (client, _):
+            message, reason = ask(client, QUESTION, stream=False, tools=TOOLS)
+            assert (message["content"], reason) == (bait, "stop")
 
 
 @pytest.mark.parametrize(
