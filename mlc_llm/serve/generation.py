@@ -248,7 +248,8 @@ async def start_generation(
             priority=request.priority or 0,
             cache_salt=request.cache_salt or "",
             prompt_logprobs=prompt_logprobs,
-            grammar=grammar and replace(grammar, continues_text=continues_text),
+            grammar=grammar
+            and replace(grammar, continues_text=continues_text or grammar.continues_text),
             images=images,
         ),
         model.timeout_s,

@@ -65,7 +65,7 @@ def find_reasoning(name: str, template: str | None) -> ReasoningFormat | None:
             raise OptionError(f"there is no reasoning parser {name!r}; use one of {known}")
         return _FORMATS[name]
     for form in _FORMATS.values():
-        if template is not None and form.end in template:
+        if template is not None and (form.begin in template or form.end in template):
             return form
     return None
 

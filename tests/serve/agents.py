@@ -112,15 +112,15 @@ class ScriptedRunner(FakeRunner):
 
 
 @contextmanager
-def agent_server(
+def agent_model(
     name: str,
     replies: Sequence[str],
     *,
     context: int = 2048,
     template: str | None = TEMPLATE,
     reasoning: str = "none",
-) -> Iterator[tuple[OpenAI, ScriptedRunner]]:
-    """Serve replies in the words of a format; return a client and what is behind the server."""
+) -> Iterator[tuple[ServedModel, ScriptedRunner]]:
+    """Return a model that replies in the words of a format; its worker has not started."""
     runner = ScriptedRunner(replies, context)
     grammars = GrammarCache(lambda: GrammarVocabulary(TOKENIZER, [END], VOCAB_SIZE))
     engine = Engine(runner, grammars=grammars)
@@ -147,16 +147,25 @@ def agent_server(
     model = ServedModel(
         "fake", config, TOKENIZER, prompts, worker, engine.vocab_size, engine.max_sequence_len
     )
-    traffic = Traffic()
-    app = create_app(ServedModels(model), AppOptions(), traffic)
     try:
-        with live_server(app, [worker], traffic) as live:
-            with OpenAI(base_url=f"{live.url}/v1", api_key="none", max_retries=0) as client:
-                yield client, runner
+        yield model, runner
     finally:
         prompts.close()
         engine.close()
     engine.check_integrity()
+
+
+@contextmanager
+def agent_server(
+    name: str, replies: Sequence[str], **options: Any
+) -> Iterator[tuple[OpenAI, ScriptedRunner]]:
+    """Serve such a model; return a client and what is behind the server."""
+    with agent_model(name, replies, **options) as (model, runner):
+        traffic = Traffic()
+        app = create_app(ServedModels(model), AppOptions(), traffic)
+        with live_server(app, [model.worker], traffic) as live:
+            with OpenAI(base_url=f"{live.url}/v1", api_key="none", max_retries=0) as client:
+                yield client, runner
 
 
 def run_tool(name: str, arguments: str) -> str:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
 import openai
 import pytest
-from agents import TEMPLATE, TOKENIZER, TOOLS, agent_server, ask, run_agent
+from agents import TEMPLATE, TOKENIZER, TOOLS, agent_model, agent_server, ask, run_agent, run_tool
 from small_tokenizers import CHATML_TEMPLATE
 from tool_replies import BAITS
 
+from mlc_llm import AsyncMLCEngine
+from mlc_llm.serve.catalog import ServedModels
 from mlc_llm.text.tool_calls.registry import format_names, get_format
 from mlc_llm.text.tool_calls.tools import WrittenCall
 
@@ -97,6 +100,30 @@ def test_arguments_are_streamed_as_they_are_made() -> None:
             t for c in chunks if (c.choices[0].logprobs) for t in c.choices[0].logprobs.content
         ]
         assert "".join(t.token for t in tokens).startswith("<tool_call>")
+
+
+def test_engine_in_python_runs_the_loop_with_its_own_answers() -> None:
+    with agent_model("mistral", replies_of("mistral")) as (model, _):
+        model.worker.start()
+        engine = AsyncMLCEngine.from_models(ServedModels(model), model.worker.stop)
+
+        async def work() -> str | None:
+            messages: list[Any] = list(QUESTION)
+            while True:
+                answer = await engine.chat.completions.create(messages=messages, tools=TOOLS)
+                [choice] = answer.choices
+                messages.append(choice.message)
+                if choice.finish_reason != "tool_calls":
+                    return str(choice.message.content)
+                for call in choice.message.tool_calls:
+                    result = run_tool(call.function.name, call.function.arguments)
+                    told = {"role": "tool", "tool_call_id": call.id, "content": result}
+                    messages.append(told)
+
+        try:
+            assert asyncio.run(work()) == "It is sunny, and 3."
+        finally:
+            engine.terminate()
 
 
 def test_plain_answer_stays_plain_and_json_answer_too() -> None:

@@ -14,6 +14,7 @@ from mlc_llm.errors import CorruptFile, OptionError, RequestError, TemplateError
 from mlc_llm.text.conversation import get_conversation
 from mlc_llm.text.prompt import PromptBuilder, load_template
 from mlc_llm.text.tokenizer import Tokenizer
+from mlc_llm.text.tool_calls.tools import Tool
 
 USER = {"role": "user", "content": "hello"}
 
@@ -206,3 +207,32 @@ def test_loading_starts_no_process(artifact: Path, monkeypatch: pytest.MonkeyPat
     assert template is not None
     with pytest.raises(AssertionError, match="a process was started"):
         template.start()
+
+
+def test_template_for_tools_beside_the_usual_one(artifact: Path) -> None:
+    named = [
+        {"name": "default", "template": "{{ messages[0].content }}"},
+        {"name": "tool_use", "template": "{% for t in tools %}{{ t.function.name }}{% endfor %}"},
+    ]
+    small_tokenizers.write_tokenizer(artifact, chat_template=named)
+    with closing(load(artifact)) as builder:
+        tokenizer = Tokenizer.load(artifact)
+        assert tokenizer.decode(builder.token_ids([USER])) == "hello"
+        assert tokenizer.decode(builder.token_ids([USER], tools=[Tool("add")])) == "add"
+
+
+def test_formats_of_answers_are_the_templates_or_named_ones(artifact: Path) -> None:
+    (artifact / "chat_template.jinja").write_text("{{ '<tool_call>' }}{{ '</think>' }}")
+    with closing(load(artifact)) as builder:
+        assert builder.formats.calls.name == "hermes"
+        assert builder.formats.reasoning is not None
+    tokenizer, config = Tokenizer.load(artifact), make_config()
+    names: dict[str, Any] = {"tool_parser": "llama", "reasoning_parser": "none"}
+    with closing(PromptBuilder.load(artifact, config, tokenizer, **names)) as builder:
+        assert (builder.formats.calls.name, builder.formats.reasoning) == ("llama", None)
+    with pytest.raises(OptionError, match="no tool parser 'x'"):
+        PromptBuilder.load(artifact, config, tokenizer, tool_parser="x")
+    (artifact / "chat_template.jinja").unlink()
+    with closing(load(artifact, conv_template={"name": "qwen3"}, model_type="qwen3")) as builder:
+        assert builder.formats.calls.name == "hermes"
+        assert builder.formats.reasoning is not None

@@ -85,6 +85,7 @@ def test_format_is_found_in_the_template_or_named() -> None:
     assert found is not None and found.name == "think"
     assert found.is_open("<|im_start|>assistant\n<think>\n") and not found.is_open("<think> a")
     assert found.is_closed("<think>\n\n</think>\n\n") and not found.is_closed("<think>\n")
+    assert find_reasoning("auto", "assistant\n<think>") == found
     assert find_reasoning("none", THINK) is None
     for name in reasoning_names():
         named = find_reasoning(name, None)
