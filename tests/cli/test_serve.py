@@ -71,8 +71,13 @@ class Program:
     def _open_model(self, artifact: Path, library: Path, config: Any, **options: Any) -> Any:
         self.calls["open"] = {"artifact": artifact, "library": library, "config": config, **options}
         return SimpleNamespace(
-            engine="engine", plan="the memory plan", close=lambda: self.closed.append("model")
+            engine=SimpleNamespace(grammars=SimpleNamespace(start=self._start_grammars)),
+            plan="the memory plan",
+            close=lambda: self.closed.append("model"),
         )
+
+    def _start_grammars(self) -> None:
+        self.calls["grammars"] = "started"
 
     def _open_embedding(self, artifact: Path, library: Path, **options: Any) -> Any:
         self.calls["embedding"] = {"artifact": artifact, "library": library, **options}
@@ -129,6 +134,7 @@ def test_options_reach_their_places(program: Program) -> None:
         *"model --port 0 --mode server --quantization q4f16_1 --opt O1 --model-id mine".split(),
         *"--max-queued-requests 7 --request-timeout 9 --drain-timeout 3".split(),
         *"--prefix-cache-mode disable --prefill-mode chunked --enable-debug".split(),
+        *"--tool-parser llama --reasoning-parser none".split(),
         *["--overrides", "max_num_sequence=100;context_window_size=99;gpu_memory_utilization=0.5"],
         *["--allow-origins", '["http://a.example"]', "--allow-methods", '["POST"]'],
         *["--allow-headers", '["x-a"]', "--allow-credentials", "--api-key", "sk-1"],
@@ -144,6 +150,8 @@ def test_options_reach_their_places(program: Program) -> None:
     assert (config.mode, config.max_num_sequence) == ("server", 100)
     assert (config.max_single_sequence_length, config.gpu_memory_utilization) == (99, 0.5)
     assert (config.prefix_cache_mode, config.prefill_mode) == ("disable", "chunked")
+    assert (config.tool_parser, config.reasoning_parser) == ("llama", "none")
+    assert program.calls["grammars"] == "started"
     assert program.calls["worker"] == {"max_queued_requests": 7, "request_timeout_s": 9}
     assert program.calls["serve"]["drain_timeout_s"] == 3
     assert program.calls["name"] == "mine"
@@ -268,6 +276,8 @@ def test_a_taken_port_is_told_before_anything_is_made(
         (["--api-key", ""], "API key"),
         (["--api-key", "two words "], "API key"),
         (["--model-id", " "], "--model-id is empty"),
+        (["--tool-parser", "x"], "there is no tool parser 'x'; use auto or one of gpt_oss"),
+        (["--reasoning-parser", "x"], "there is no reasoning parser 'x'; use one of auto, none"),
         (["--embedding-model-lib", "x.so"], "needs --embedding-model"),
         (["--port", "65536"], "--port 65536 is not a port"),
         (["--host", "no-such-host.invalid"], "has no address"),
