@@ -1,13 +1,12 @@
 """Operations that layers emit: each becomes a call of the kernel made for its shapes and dtypes.
 
-The one place where a kernel is chosen. Kernels are memoised, so that equal layers share one.
+The one place where a kernel is chosen. Kernels are memoised, so that equal layers share one. Those
+for GPUs are chosen in `gpu_ops.py`, function by function.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -31,18 +30,15 @@ from mlc_llm.kernels.cpu.activations import Int8Shape, Source
 from mlc_llm.kernels.cpu.attention import AttentionShape
 from mlc_llm.kernels.cpu.group_format import GroupFormat
 from mlc_llm.kernels.cpu.vector_math import LANES
-
-
-@functools.cache
-def kernel_of(factory: Callable[..., Any], *args: Hashable) -> Any:
-    """Return factory(*args); equal layers share it."""
-    return factory(*args)
+from mlc_llm.nn import gpu_ops
+from mlc_llm.nn.kernel_call import call, on_gpu, require_cpu
+from mlc_llm.nn.kernel_call import kernel_of as kernel_of
 
 
 def emit(name: str, kernel: Any, args: list[Any], shape: list[Any], dtype: str = "float32") -> Any:
-    """Return the result, of that shape and dtype, of a kernel's call."""
-    out = nn.Tensor.placeholder(shape, dtype)
-    return nn.op.tensor_ir_op(kernel, name, args, out)
+    """Return the result, of that shape and dtype, of a CPU kernel's call."""
+    require_cpu(name)
+    return call(name, kernel, args, shape, dtype)
 
 
 def _has_wide_registers() -> bool:
@@ -77,11 +73,13 @@ class Rows:
         return emit(self.kind, kernel, list(self.inputs), [self.inputs[0].shape[0], self.width])
 
 
+@on_gpu(gpu_ops.rms_norm)
 def rms_norm(x: nn.Tensor, weight: nn.Tensor, eps: float) -> Rows:
     """Return x / rms(x) * weight; x (n, h) float32."""
     return Rows("rms_norm", (x, weight), int(x.shape[1]), eps)
 
 
+@on_gpu(gpu_ops.silu_mul)
 def silu_mul(x: nn.Tensor) -> Rows:
     """Return silu(gate) * up; x (n, 2 * width) float32 holds [gate; up]."""
     return Rows("silu_mul", (x,), int(x.shape[1]) // 2)
@@ -100,17 +98,20 @@ def materialize(x: nn.Tensor | Rows) -> nn.Tensor:
     return x.materialize() if isinstance(x, Rows) else x
 
 
+@on_gpu(gpu_ops.add)
 def add(x: nn.Tensor, y: nn.Tensor) -> nn.Tensor:
     """Return x + y, both (n, width) float32."""
     return emit("add", kernel_of(elementwise.add, int(x.shape[1])), [x, y], x.shape)
 
 
+@on_gpu(gpu_ops.take_rows)
 def take_rows(x: nn.Tensor, rows: nn.Tensor) -> nn.Tensor:
     """Return the given rows of x (n, width); rows (r) int32."""
     kernel = kernel_of(elementwise.take_rows, int(x.shape[1]))
     return emit("take_rows", kernel, [x, rows], [rows.shape[0], x.shape[1]])
 
 
+@on_gpu(gpu_ops.pack_linear)
 def pack_linear(weight: nn.Tensor) -> nn.Tensor:
     """Return an (out, in) weight in the kernel's layout; lifted into `pack_params`."""
     out_features, in_features = (int(extent) for extent in weight.shape)
@@ -119,6 +120,7 @@ def pack_linear(weight: nn.Tensor) -> nn.Tensor:
     return emit("pack_linear", kernel, [weight], shape, weight.dtype)
 
 
+@on_gpu(gpu_ops.linear_packed)
 def linear_packed(
     x: nn.Tensor | Rows, packed: nn.Tensor, bias: nn.Tensor | None, out_features: int
 ) -> nn.Tensor:
@@ -133,6 +135,7 @@ def linear_packed(
     return emit("linear", kernel, args, [n, out_features])
 
 
+@on_gpu(gpu_ops.embed_packed)
 def embed_packed(ids: nn.Tensor, packed: nn.Tensor, num_embeddings: int) -> nn.Tensor:
     """Return rows of a packed table as float32; ids (n) int32."""
     features = int(packed.shape[1])
@@ -173,6 +176,7 @@ def bf16_embed_packed(
     return emit("embed", kernel, [ids, packed], [ids.shape[0], features])
 
 
+@on_gpu(gpu_ops.pack_group)
 def pack_group(
     q_weight: nn.Tensor,
     q_scale: nn.Tensor,
@@ -200,6 +204,7 @@ def pack_group(
     return packed_words, emit("pack_scales", kernel, [q_scale], shape, q_scale.dtype)
 
 
+@on_gpu(gpu_ops.group_linear_packed)
 def group_linear_packed(
     x: nn.Tensor | Rows,
     packed: tuple[nn.Tensor, nn.Tensor],
@@ -247,6 +252,7 @@ def _source(x: nn.Tensor | Rows) -> tuple[Source, tuple[nn.Tensor, ...]]:
     return Source(x.kind, weight_dtype, x.eps), x.inputs
 
 
+@on_gpu(gpu_ops.group_embed_packed)
 def group_embed_packed(
     ids: nn.Tensor,
     packed: tuple[nn.Tensor, nn.Tensor],

@@ -13,10 +13,13 @@ from mlc_llm.kernels.cpu import elementwise, query_scale
 from mlc_llm.kernels.cpu import norm as norm_kernels
 from mlc_llm.kernels.cpu.norm import HeadNorm
 from mlc_llm.kernels.cpu.query_scale import QueryScale
+from mlc_llm.nn import gpu_ops
 from mlc_llm.nn.activations import ACTIVATIONS
-from mlc_llm.nn.ops import Rows, emit, kernel_of, silu_mul
+from mlc_llm.nn.kernel_call import kernel_of, on_gpu
+from mlc_llm.nn.ops import Rows, emit, silu_mul
 
 
+@on_gpu(gpu_ops.layer_norm)
 def layer_norm(
     x: nn.Tensor,
     weight: nn.Tensor | None,
@@ -37,6 +40,7 @@ def layer_norm(
     return emit("layer_norm", kernel, [x, weight, bias], x.shape)
 
 
+@on_gpu(gpu_ops.norm_heads)
 def norm_heads(x: nn.Tensor, q: nn.Tensor, k: nn.Tensor, shape: HeadNorm) -> nn.Tensor:
     """Return rows [q; k; v] (n, width) float32 with queries and keys normalised."""
     flat = [w if len(w.shape) == 1 else nn.op.reshape(w, (-1,)) for w in (q, k)]
@@ -50,12 +54,14 @@ def scale_queries(x: nn.Tensor, positions: nn.Tensor, q_width: int, scale: Query
     return emit("scale_queries", kernel, [x, positions], x.shape)
 
 
+@on_gpu(gpu_ops.activate)
 def activate(x: nn.Tensor, name: str) -> nn.Tensor:
     """Return an activation of x (n, width) float32; name: as configurations call it."""
     kernel = kernel_of(activation_kernels.activate, int(x.shape[1]), ACTIVATIONS[name])
     return emit(ACTIVATIONS[name], kernel, [x], x.shape)
 
 
+@on_gpu(gpu_ops.gated)
 def gated(x: nn.Tensor, name: str, is_gate_first: bool = True) -> nn.Tensor | Rows:
     """Return act(gate) * up for x (n, 2 * width) float32: [gate; up], or [up; gate]."""
     kind, width = ACTIVATIONS[name], int(x.shape[1]) // 2
@@ -72,12 +78,14 @@ def bounded_swiglu(x: nn.Tensor, alpha: float, limit: float) -> nn.Tensor:
     return emit("bounded_swiglu", kernel, [x], [x.shape[0], width])
 
 
+@on_gpu(gpu_ops.clip)
 def clip(x: nn.Tensor, bound: float) -> nn.Tensor:
     """Return x within +-bound; x (n, width) float32."""
     kernel = kernel_of(activation_kernels.clip, int(x.shape[1]), float(bound))
     return emit("clip", kernel, [x], x.shape)
 
 
+@on_gpu(gpu_ops.join)
 def join(*parts: nn.Tensor) -> nn.Tensor:
     """Return rows side by side: (n, width) float32 each -> (n, sum of widths)."""
     joined, *rest = parts
@@ -88,6 +96,7 @@ def join(*parts: nn.Tensor) -> nn.Tensor:
     return joined
 
 
+@on_gpu(gpu_ops.scale)
 def scale(x: nn.Tensor, factor: float) -> nn.Tensor:
     """Return x * factor; x (n, width) float32."""
     if factor == 1:
@@ -96,6 +105,7 @@ def scale(x: nn.Tensor, factor: float) -> nn.Tensor:
     return emit("scale", kernel, [x], x.shape)
 
 
+@on_gpu(gpu_ops.soft_cap)
 def soft_cap(x: nn.Tensor, cap: float) -> nn.Tensor:
     """Return cap * tanh(x / cap); x (n, width) float32."""
     kernel = kernel_of(activation_kernels.soft_cap, int(x.shape[1]), float(cap))

@@ -1,0 +1,86 @@
+"""From a model's entries to kernels of a GPU: the passes in order, and the sizes they plan for.
+
+Kernels come without a schedule and are fused with their neighbours; rules of TVM's dlight bind them
+to threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import tvm
+from tvm import relax
+from tvm.relax import transform
+from tvm.s_tir import dlight
+
+from mlc_llm.compiler.pipeline import temporary_bytes
+
+# Shapes of hidden states change without a kernel: the virtual machine makes a view.
+_FUSE = [
+    transform.LegalizeOps(skip_ops=["relax.reshape"]),
+    transform.AnnotateTIROpPattern(),
+    transform.FoldConstant(),
+    transform.FuseOps(),
+    transform.FuseTIR(),
+    transform.DeadCodeElimination(),
+]
+_LOWER = [
+    transform.ToNonDataflow(),
+    transform.RemovePurityChecking(),
+    transform.CallTIRRewrite(),
+]
+_LOWER_TO_VM = [
+    transform.LowerAllocTensor(),
+    transform.KillAfterLastUse(),
+    transform.LowerRuntimeBuiltin(),
+    transform.ComputePrimValue(),
+    transform.VMShapeLower(),
+    transform.AttachGlobalSymbol(),
+]
+
+
+def gpu_phases(bounds: Mapping[str, int]) -> list[tuple[str, list[Any]]]:
+    """Return named phases of passes; `bounds` limits symbolic sizes for memory planning."""
+    return [
+        ("fuse", [bound_all_sizes(bounds), *_FUSE]),
+        ("schedule", [schedule_rules()]),
+        ("lower", _LOWER),
+        ("plan_memory", [transform.StaticPlanBlockMemory()]),
+        ("lower_to_vm", _LOWER_TO_VM),
+    ]
+
+
+def schedule_rules() -> Any:
+    """Return the pass that binds kernels to threads, each by the first rule that fits."""
+    rules = dlight.gpu
+    return dlight.ApplyDefaultSchedule(
+        rules.Matmul(),
+        rules.GEMV(),
+        rules.Reduction(),
+        rules.GeneralReduction(),
+        rules.Fallback(),
+    )
+
+
+def bound_all_sizes(bounds: Mapping[str, int]) -> Any:
+    """Return a pass that tells the memory planner the largest symbolic sizes of all functions."""
+
+    @tvm.transform.module_pass(opt_level=0, name="BoundAllSizes")  # type: ignore[untyped-decorator]
+    def attach(mod: tvm.IRModule, _: tvm.transform.PassContext) -> tvm.IRModule:
+        for var, function in mod.functions_items():
+            if isinstance(function, relax.Function):
+                mod[var] = function.with_attr("tir_var_upper_bound", dict(bounds))
+        return mod
+
+    return attach
+
+
+def temporary_of_all(mod: tvm.IRModule) -> dict[str, int]:
+    """Return the bytes of temporary tensors by planned function, those that have any."""
+    found = {
+        str(var.name_hint): temporary_bytes(mod, var.name_hint)
+        for var, function in mod.functions_items()
+        if isinstance(function, relax.Function)
+    }
+    return {name: size for name, size in found.items() if size}

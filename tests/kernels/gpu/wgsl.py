@@ -1,0 +1,136 @@
+"""Runs kernels as browsers do: compiled to WGSL, on whatever WebGPU the package `wgpu` finds.
+
+Without a GPU that is Mesa's lavapipe, which computes on the CPU and knows float16.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+import tvm
+from tvm.tirx.build import codegen_build, split_host_device_mods
+
+from mlc_llm.compiler.gpu import schedule_rules
+from mlc_llm.compiler.target import describe_any_target
+
+_BINDING = re.compile(r"@binding\((\d+)\) var<storage, read(?:_write)?> (\w+?)_ptr")
+_MAX_GROUPS = 65535
+
+
+class Device:
+    """A WebGPU device."""
+
+    def __init__(self) -> None:
+        import wgpu
+
+        self._wgpu = wgpu
+        adapter = wgpu.gpu.request_adapter_sync(power_preference="high-performance")
+        self.name = adapter.summary
+        self.has_float16 = "shader-f16" in adapter.features
+        features = ["shader-f16"] if self.has_float16 else []
+        limits = {"max-compute-workgroup-storage-size": 32768}
+        self._device = adapter.request_device_sync(
+            required_features=features, required_limits=limits
+        )
+
+    def run(self, kernel: Any, **tensors: np.ndarray) -> dict[str, np.ndarray]:
+        """Run a kernel on tensors by the names of its arguments; return what they hold then."""
+        source, (groups, rows), numbers = translate(
+            kernel, {n: t.shape for n, t in tensors.items()}
+        )
+        usage = self._wgpu.BufferUsage
+        buffers, entries = {}, []
+        for binding, name in _BINDING.findall(source):
+            data = np.ascontiguousarray(tensors[name]).tobytes()
+            data += bytes(-len(data) % 4)
+            buffers[name] = self._device.create_buffer_with_data(
+                data=data, usage=usage.STORAGE | usage.COPY_SRC
+            )
+            entries.append((int(binding), buffers[name], len(data)))
+        pod = np.array([*numbers, groups - 1], np.int32).tobytes()
+        pod_buffer = self._device.create_buffer_with_data(data=pod, usage=usage.UNIFORM)
+        entries.append((len(entries), pod_buffer, len(pod)))
+        module = self._device.create_shader_module(code=source)
+        pipeline = self._device.create_compute_pipeline(
+            layout="auto", compute={"module": module, "entry_point": "kernel_kernel"}
+        )
+        group = self._device.create_bind_group(
+            layout=pipeline.get_bind_group_layout(0),
+            entries=[
+                {"binding": at, "resource": {"buffer": buffer, "offset": 0, "size": size}}
+                for at, buffer, size in entries
+            ],
+        )
+        encoder = self._device.create_command_encoder()
+        step = encoder.begin_compute_pass()
+        step.set_pipeline(pipeline)
+        step.set_bind_group(0, group)
+        wide = min(groups, _MAX_GROUPS)
+        step.dispatch_workgroups(wide, rows, -(-groups // wide))
+        step.end()
+        self._device.queue.submit([encoder.finish()])
+        found = {}
+        for name, tensor in tensors.items():
+            data = self._device.queue.read_buffer(buffers[name]) if name in buffers else b""
+            flat = np.frombuffer(data, tensor.dtype, tensor.size if data else 0)
+            found[name] = flat.reshape(tensor.shape) if data else tensor
+        return found
+
+
+def translate(
+    kernel: Any, shapes: dict[str, tuple[int, ...]]
+) -> tuple[str, tuple[int, int], list[int]]:
+    """Return a kernel's WGSL, how many groups of threads it is started with, and its numbers.
+
+    shapes: of its tensors by name; they say what symbolic sizes are.
+    """
+    symbols = {}
+    for buffer in kernel.params:
+        for extent, value in zip(buffer.shape, shapes[str(buffer.name)], strict=True):
+            if isinstance(extent, tvm.ir.Var):
+                symbols[str(extent.name)] = value
+    target = tvm.target.Target(describe_any_target("webgpu", "O2")["target"])
+    mod = tvm.IRModule({"kernel": kernel.with_attr("global_symbol", "kernel")})
+    with target:
+        mod = schedule_rules()(mod)
+    mod = tvm.tirx.transform.BindTarget(target)(mod)
+    pipeline, _, finish = tvm.tirx.get_default_tir_pipeline(target)
+    host, devices = split_host_device_mods(pipeline(mod))
+    ((device_target, device),) = devices.items()
+    source = codegen_build(finish()(device), device_target).inspect_source()
+    assert len(device.functions) == 1, "a kernel is one shader"
+    return source, *_launch(host["kernel"].script(), symbols)
+
+
+def _launch(host: str, symbols: dict[str, int]) -> tuple[tuple[int, int], list[int]]:
+    """Return how the host's code, as a script, starts a kernel: groups of threads, and numbers."""
+    values: dict[str, Any] = {"T": _Script, **symbols}
+    for name, value in re.findall(r"(cse_v\d+): T\.let\[[^=]*\] = (.*)", host):
+        values[name] = eval(value, values)
+    ((arguments, tags),) = re.findall(r"T\.call_ffi_kernel\((.*), launch_params=(\[.*?\])", host)
+    _, *given = eval(f"[{re.sub(r'[a-z0-9_]+[.]data', 'None', arguments)}]", values)
+    numbers = [value for value in given if value is not None]
+    count = len(eval(tags))
+    launch = dict(zip(eval(tags), numbers[-count:], strict=True))
+    assert launch.keys() <= {"blockIdx.x", "blockIdx.y", "threadIdx.x", "threadIdx.y"}
+    return (launch["blockIdx.x"], launch.get("blockIdx.y", 1)), numbers[:-count]
+
+
+class _Script:
+    """What scripts call on whole numbers."""
+
+    int64 = int32 = int
+    min, max = min, max
+
+    @staticmethod
+    def Cast(_: str, value: int) -> int:
+        return value
+
+    @staticmethod
+    def Div(x: int, y: int) -> int:
+        return x // y
+
+    shift_right = staticmethod(lambda x, y: x >> y)
+    shift_left = staticmethod(lambda x, y: x << y)
