@@ -153,7 +153,7 @@ def parse_device(text: str) -> Device:
     return device
 
 
-def parse_target(text: str) -> TargetCPU:
+def parse_target(text: str, others: Iterable[str] = ()) -> TargetCPU:
     """Turn a device as `parse_device` takes it into the CPU to make code for.
 
     The CPU may be another than this machine's. Raises OptionError or DeviceError.
@@ -162,13 +162,13 @@ def parse_target(text: str) -> TargetCPU:
     if name == "auto" or name in DEVICE_NAMES:
         parse_device(text)
         return host_cpu().target
-    return parse_cpu(text)
+    return parse_cpu(text, others)
 
 
-def parse_cpu(text: str) -> TargetCPU:
+def parse_cpu(text: str, others: Iterable[str] = ()) -> TargetCPU:
     """Turn a level or the name of a CPU, with features after plus signs, into what it stands for.
 
-    Raises OptionError.
+    others: names of devices that a caller knows beside those here. Raises OptionError.
     """
     name, *features = text.split("+")
     level, *own = _CPU_NAMES.get(name, name).split("+")
@@ -179,7 +179,8 @@ def parse_cpu(text: str) -> TargetCPU:
         llvm = "apple-m1" if name.startswith("apple-") else "generic"
     else:
         raise OptionError(
-            f"device {text!r} is not known; use auto or one of {', '.join(DEVICE_NAMES)}, with an "
+            f"device {text!r} is not known; use auto or one of "
+            f"{', '.join((*DEVICE_NAMES, *others))}, with an "
             "index where there are several (cuda:1), or a CPU by its level or LLVM's name, with "
             f"features after plus signs (x86-64-v4+avx512vnni): {', '.join(cpu_names())}"
         )

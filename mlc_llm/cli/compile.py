@@ -1,9 +1,9 @@
-"""`mlc_llm compile`: turn a model's configuration into a shared library for one device."""
+"""`mlc_llm compile`: turn a model's configuration into a library for one device."""
 
 from __future__ import annotations
 
 import dataclasses
-import sys
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,8 +19,6 @@ from mlc_llm.errors import OptionError
 
 if TYPE_CHECKING:
     from mlc_llm.artifact import ChatConfig
-
-_SUFFIXES = {"darwin": (".dylib", ".so"), "win32": (".dll",)}.get(sys.platform, (".so",))
 
 
 def compile_library(
@@ -39,7 +37,8 @@ def compile_library(
             "--output",
             "-o",
             metavar="FILE",
-            help="Library to write: .so, on macOS .dylib, on Windows .dll.",
+            help="Library to write: .so, for macOS .dylib, for Windows .dll, for the browser "
+            ".wasm; .tar for object files.",
             show_default=False,
         ),
     ],
@@ -55,7 +54,16 @@ def compile_library(
         typer.Option(
             metavar="NAME",
             help="Device to make code for: auto, cpu, or a CPU by its level or LLVM's name, with "
-            "features after plus signs: x86-64-v3, znver4, aarch64+dotprod.",
+            "features after plus signs: x86-64-v3, znver4, aarch64+dotprod; webgpu, metal, opencl, "
+            "android, iphone, or cuda with an architecture: cuda:sm_90.",
+        ),
+    ] = "auto",
+    host: Annotated[
+        str,
+        typer.Option(
+            metavar="TRIPLE",
+            help="System that the library is for, as an LLVM triple such as aarch64-linux-android; "
+            "auto for what the device implies.",
         ),
     ] = "auto",
     opt: Annotated[str, typer.Option(metavar="O0..O3", help="Optimization level.")] = "O2",
@@ -73,20 +81,24 @@ def compile_library(
 ) -> None:
     """Compile a model's library; print the memory it needs."""
     values = parse_overrides(overrides, COMPILE_OVERRIDES)
-    if output.suffix not in _SUFFIXES:
-        raise OptionError(
-            f"--output {output}: only {' and '.join(_SUFFIXES)} files can be written here"
-        )
+    # What cannot be written is said before anything is read or compiled.
+    from mlc_llm.compiler.browser.emscripten import require_emscripten
+    from mlc_llm.compiler.target import check_form, describe_any_target
+
+    check_form(output, describe_any_target(device, opt, host)["target"])
+    if output.suffix == ".wasm":
+        require_emscripten(output)
     config = _read_config(model, quantization, model_type)
 
     from mlc_llm.compiler.compile import CompileOptions, compile_model
-    from mlc_llm.prepare.cache import storage_errors
+    from mlc_llm.prepare.cache import CacheHome, storage_errors
 
-    options = CompileOptions(device=device, opt=opt, overrides=values, debug_dump=debug_dump)
+    options = CompileOptions(device, opt, values, debug_dump, host)
     compiled = compile_model(config, options, lambda stage: say(f"compiling: {stage}"))
+    cache = CacheHome.from_environment(os.environ).root / "wasm_runtime"
     with storage_errors(output):
         output.parent.mkdir(parents=True, exist_ok=True)
-        compiled.link(output)
+        compiled.save(output, cache, say)
     print(compiled.memory_plan())
     say(f"wrote {output}")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata as packages
@@ -14,26 +13,21 @@ from typing import Any
 import tvm
 from tvm import relax
 
-from mlc_llm.artifact import (
-    ChatConfig,
-    LibraryMetadata,
-    TensorSpec,
-    write_atomically,
-)
+from mlc_llm.artifact import ChatConfig, LibraryMetadata, TensorSpec
+from mlc_llm.compiler.gpu import gpu_phases, temporary_of_all
+from mlc_llm.compiler.output import CompiledModel
 from mlc_llm.compiler.pipeline import PACK_FUNCTION, num_packed, phases, temporary_bytes
 from mlc_llm.compiler.tables import lookup_tables
-from mlc_llm.compiler.target import describe_target, host_triple
-from mlc_llm.errors import CompileError, LinkerNotFound, OptionError
+from mlc_llm.compiler.target import describe_any_target, is_gpu
+from mlc_llm.errors import CompileError, OptionError, UnsupportedModel
 from mlc_llm.kernels.cpu.isa import find_bf16_isa, find_isa
 from mlc_llm.models.base import STEP_ENTRIES, CausalLM, Family
+from mlc_llm.models.cache_entries import STEP_ENTRIES as CACHE_STEP_ENTRIES
+from mlc_llm.models.cache_entries import CacheEntries
 from mlc_llm.models.registry import get_family
 from mlc_llm.models.vision import IMAGE_ENTRY
 from mlc_llm.quantization.apply import build_quantized
 from mlc_llm.quantization.schemes import get_scheme
-
-METADATA_NAME = "metadata.json"
-_LINKERS = ("c++", "g++", "clang++", "cc", "gcc", "clang")
-_LINUX = "unknown-linux-gnu"
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +36,7 @@ logger = logging.getLogger(__name__)
 class CompileOptions:
     """What the user may choose: device, optimisation level, overrides, a directory for IR.
 
+    host: the LLVM triple of the system that the library is for, "auto" for what the device implies.
     The override `model_task` ("chat" or "embedding") goes before the model's own task.
     """
 
@@ -49,86 +44,7 @@ class CompileOptions:
     opt: str = "O2"
     overrides: Mapping[str, Any] = field(default_factory=dict)
     debug_dump: Path | None = None
-
-
-@dataclass(frozen=True)
-class CompiledModel:
-    """A compiled library in memory, and what it says of itself."""
-
-    metadata: LibraryMetadata
-    executable: Any
-
-    def save_objects(self, directory: Path) -> None:
-        """Write object files and `metadata.json`; needs no linker."""
-
-        def copy(_: str, files: list[str], **__: Any) -> None:
-            for name in files:
-                shutil.copy(name, directory / Path(name).name)
-
-        directory.mkdir(parents=True, exist_ok=True)
-        self.executable.export_library(str(directory / "library.o"), fcompile=copy)
-        write_atomically(directory / METADATA_NAME, self.metadata.to_json())
-
-    def link(self, path: Path) -> None:
-        """Write a shared library, whole or not at all. Raises LinkerNotFound, CompileError."""
-        linker = _find_linker(self.metadata.target["mtriple"], path)
-        temporary = path.with_name(f".{path.name}.tmp{path.suffix}")
-        try:
-            self.executable.export_library(str(temporary), cc=linker)
-            temporary.replace(path)
-        except RuntimeError as error:
-            raise CompileError(f"linking {path} with {linker} failed: {error}") from None
-        finally:
-            temporary.unlink(missing_ok=True)
-
-    def memory_plan(self) -> str:
-        """Return the bytes of parameters, temporaries, KV and states for people to read."""
-        parameters = sum(spec.size_bytes for spec in self.metadata.params)
-        temporary = self.metadata.memory_usage[STEP_ENTRIES[self.metadata.model_task]]
-        kv_token = self.metadata.kv_cache.bytes_per_token
-        context = self.metadata.context_window_size
-        state = sum(spec.size_bytes for spec in self.metadata.states)
-        lines = [
-            f"parameters        {_mib(parameters)}",
-            f"temporary         {_mib(temporary)}  "
-            f"(prefill chunk of {self.metadata.prefill_chunk_size} tokens)",
-        ]
-        if kv_token:
-            lines.append(f"KV cache          {kv_token / 1024:10.1f} KiB a token")
-        if IMAGE_ENTRY in self.metadata.memory_usage:
-            of_image = self.metadata.memory_usage[IMAGE_ENTRY]
-            lines.append(f"reading an image  {_mib(of_image)}")
-            temporary += of_image
-        if state:
-            lines.append(f"recurrent state   {_mib(state)}  a sequence")
-        total = parameters + temporary + kv_token * context + state
-        lines.append(f"in all            {_mib(total)}  (context of {context} tokens)")
-        return "\n".join(lines)
-
-
-def _find_linker(triple: str, path: Path) -> str:
-    """Return the linker of code for a triple, this machine's or another's."""
-    names: tuple[str, ...] = _LINKERS
-    advice = "Debian: apt install g++), or let `chat` compile by itself, which needs none"
-    if triple != host_triple():
-        arch, _, system = triple.partition("-")
-        if system != _LINUX or not host_triple().endswith(_LINUX):
-            raise LinkerNotFound(
-                f"{path} is for {triple} and can only be linked on such a machine; compile it there"
-            )
-        names = (f"{arch}-linux-gnu-g++", f"{arch}-linux-gnu-gcc")
-        advice = f"Debian: apt install g++-{arch.replace('_', '-')}-linux-gnu)"
-    linker = next((found for name in names if (found := shutil.which(name))), None)
-    if linker is None:
-        raise LinkerNotFound(
-            f"{path} needs a linker and none of {', '.join(names)} is installed; install one "
-            f"({advice}"
-        )
-    return linker
-
-
-def _mib(size: int) -> str:
-    return f"{size / (1 << 20):10.1f} MiB"
+    host: str = "auto"
 
 
 def compile_model(
@@ -154,8 +70,12 @@ def compile_model(
             f"quantization {scheme.name} is that of a GGUF file, and the configuration names no "
             "formats of layers; compile from the .gguf file or from what it was converted to"
         )
-    described = describe_target(options.device, options.opt)
+    described = describe_any_target(options.device, options.opt, options.host)
     target = tvm.target.Target(described["target"])
+    if is_gpu(described["target"]) and task != "chat":
+        raise UnsupportedModel(
+            f"libraries for embeddings are made for CPUs only, not {options.device}"
+        )
 
     progress("export")
     int8_isa = bf16_isa = None
@@ -164,6 +84,8 @@ def compile_model(
         found = find_bf16_isa(described["isa"])
         bf16_isa = None if found is None else found.name
     model = build_quantized(family, model_config, scheme, int8_isa, bf16_isa, config.layer_formats)
+    if is_gpu(described["target"]):
+        return _compile_for_gpu(config, family, model, described, options, progress)
     with target:
         mod, parameters = model.export_tvm(model.export_spec(task))
     with _stage_errors("lowering"), target:
@@ -175,7 +97,40 @@ def compile_model(
     progress("generate code")
     with _stage_errors("code generation"):
         executable = relax.build(mod, target, relax_pipeline=None)
-    return CompiledModel(metadata, executable)
+    return CompiledModel(metadata, executable, (STEP_ENTRIES[task],), IMAGE_ENTRY)
+
+
+def _compile_for_gpu(
+    config: ChatConfig,
+    family: Family,
+    model: CausalLM,
+    described: dict[str, Any],
+    options: CompileOptions,
+    progress: Callable[[str], None],
+) -> CompiledModel:
+    """Compile a model's entries over TVM's cache. Raises UnsupportedModel or CompileError."""
+    target = tvm.target.Target(described["target"])
+    try:
+        with target:
+            mod, parameters = model.export_tvm(CacheEntries(model).export_spec())
+    except UnsupportedModel as error:
+        raise UnsupportedModel(f"{family.name} for {options.device}: {error}") from None
+    chunk, batch = model.config.prefill_chunk_size, model.config.max_batch_size
+    temporary: dict[str, int] = {}
+    _dump(options.debug_dump, 0, "export", mod)
+    with _stage_errors("lowering"), target:
+        for index, (name, passes) in enumerate(gpu_phases({"n": chunk, "b": batch}), 1):
+            progress(name.replace("_", " "))
+            mod = tvm.transform.Sequential(passes, name=name)(mod)
+            _dump(options.debug_dump, index, name, mod)
+            if name == "plan_memory":
+                temporary = temporary_of_all(mod)
+    metadata = describe(config, family, model, "chat", parameters, temporary, described)
+    mod["_metadata"] = _constant_function(metadata.to_json())
+    progress("generate code")
+    with _stage_errors("code generation"):
+        executable = relax.build(mod, target, relax_pipeline=None)
+    return CompiledModel(metadata, executable, CACHE_STEP_ENTRIES)
 
 
 def _lower(

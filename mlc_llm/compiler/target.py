@@ -1,10 +1,16 @@
-"""Targets and optimisation levels: what a library is compiled for. Does not import TVM."""
+"""Targets and optimisation levels: what a library is compiled for, and in which forms.
+
+Does not import TVM.
+"""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from mlc_llm.compiler.gpu_targets import COMPILED_ONLY, gpu_target
 from mlc_llm.device import TargetCPU, host_cpu, parse_target
 from mlc_llm.errors import OptionError
 
@@ -24,13 +30,13 @@ _GPU_SWITCHES = (
 )
 
 
-def describe_target(device: str, opt: str) -> dict[str, Any]:
+def describe_target(device: str, opt: str, others: Sequence[str] = ()) -> dict[str, Any]:
     """Return the TVM target, instruction sets and kernel choices for `device` and `opt`.
 
-    The same dictionary means the same code, so it is part of cache keys. Raises OptionError or
-    DeviceError.
+    The same dictionary means the same code, so it is part of cache keys. others: names of devices
+    that are known too. Raises OptionError or DeviceError.
     """
-    cpu = parse_target(device)
+    cpu = parse_target(device, others)
     level, activations = parse_opt(opt)
     target = {
         "kind": "llvm",
@@ -42,20 +48,106 @@ def describe_target(device: str, opt: str) -> dict[str, Any]:
     return {"target": target, "isa": [cpu.arch, *cpu.isa], "activations": activations}
 
 
-def parse_opt(opt: str) -> tuple[int, str]:
+def describe_any_target(device: str, opt: str, host: str = "auto") -> dict[str, Any]:
+    """Return what `describe_target` does, for GPUs and for other systems too.
+
+    host: the LLVM triple of the system that the library is for. Raises OptionError or DeviceError.
+    """
+    gpu = gpu_target(device)
+    if gpu is None:
+        described = describe_target(device, opt, COMPILED_ONLY)
+        if host != "auto":
+            described["target"]["mtriple"] = _checked_triple(host, described["isa"][0], device)
+        return described
+    level, _ = parse_opt(opt, device)
+    implied = gpu.pop("host")
+    return {
+        "target": {**gpu, "host": _gpu_host(implied if host == "auto" else host, level)},
+        "isa": [],
+        "activations": "float32",
+    }
+
+
+def _gpu_host(triple: str | None, level: int) -> dict[str, Any]:
+    """Return the target of the code that starts kernels; without a triple, this machine's CPU."""
+    if triple is None:
+        return {"kind": "llvm", "mtriple": host_triple(), "opt-level": level}
+    host: dict[str, Any] = {"kind": "llvm", "mtriple": triple, "opt-level": level}
+    if triple.startswith("wasm"):
+        host["vector-width"] = 128
+    return host
+
+
+# Systems that libraries are made for, by the ends of their LLVM triples.
+_SYSTEMS = (
+    *("-linux-gnu", "-linux-android", "-windows-msvc", "-windows-gnu"),
+    *("-apple-macosx", "-apple-darwin", "-apple-ios", "-unknown-wasm"),
+)
+_ARCH_NAMES = {"arm64": "aarch64", "amd64": "x86_64"}
+
+
+def _checked_triple(triple: str, arch: str, device: str) -> str:
+    """Return the triple of a system; raise OptionError where it is none for this CPU."""
+    name = triple.partition("-")[0]
+    if not triple.rstrip("0123456789.").endswith(_SYSTEMS):
+        raise OptionError(
+            f"--host {triple!r} is no system that libraries are made for; write an LLVM triple "
+            f"that ends in {', '.join(end[1:] for end in _SYSTEMS)}, as in aarch64-linux-android"
+        )
+    if _ARCH_NAMES.get(name, name) != arch:
+        raise OptionError(
+            f"--host {triple!r} does not go with the {arch} CPU of --device {device}; name both, "
+            f"as in --device aarch64 --host aarch64-linux-android"
+        )
+    return triple
+
+
+def is_gpu(target: dict[str, Any]) -> bool:
+    """Return whether a target is a GPU's."""
+    return str(target["kind"]) != "llvm"
+
+
+def host_of(target: dict[str, Any]) -> dict[str, Any]:
+    """Return the CPU part of a target."""
+    host: dict[str, Any] = target["host"] if is_gpu(target) else target
+    return host
+
+
+def forms_of(target: dict[str, Any]) -> tuple[str, ...]:
+    """Return the suffixes of files that a library for a target can be written to."""
+    triple = host_of(target)["mtriple"]
+    if triple.startswith("wasm"):
+        return (".wasm", ".tar")
+    if "apple" in triple:
+        return (".dylib", ".so", ".tar")
+    return (".dll", ".tar") if "windows" in triple else (".so", ".tar")
+
+
+def check_form(path: Path, target: dict[str, Any]) -> None:
+    """Raise OptionError where a library for a target has no form of this suffix."""
+    *others, archive = forms_of(target)
+    if path.suffix not in (*others, archive):
+        raise OptionError(
+            f"--output {path}: a library for {target['kind']} on {host_of(target)['mtriple']} is "
+            f"written to a {' or '.join(others)} file, or to {archive}, the object files alone"
+        )
+
+
+def parse_opt(opt: str, device: str = "cpu") -> tuple[int, str]:
     """Return LLVM's level and the dtype of activations for `--opt`. Raises OptionError.
 
-    Written as a level, `O0` to `O3`, and settings after semicolons: `O2;activations=float32`.
+    Settings that have no effect on `device` are refused. Written as a level, `O0` to `O3`, and
+    settings after semicolons: `O2;activations=float32`.
     """
     level, activations = "O2", "int8"
     for part in filter(None, (part.strip() for part in opt.split(";"))):
         name, _, value = part.partition("=")
         if part in _LLVM_LEVELS:
             level = part
-        elif name == "activations" and value in ACTIVATIONS:
+        elif name == "activations" and value in ACTIVATIONS and device == "cpu":
             activations = value
-        elif name in _GPU_SWITCHES:
-            raise OptionError(f"--opt {part}: {name} has no effect on cpu; leave it out")
+        elif name in _GPU_SWITCHES or (name == "activations" and device != "cpu"):
+            raise OptionError(f"--opt {part}: {name} has no effect on {device}; leave it out")
         else:
             raise OptionError(
                 f"--opt {part!r} is not known; use {', '.join(_LLVM_LEVELS)} and "
