@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
     from mlc_llm.engine.scheduler import Work
 
 _NUM_THREADS = 2
+# A mask is a list of ids where at most one of so many words of it has a bit of interest.
+_SPARSE = 8
+# No logit is as large.
+_ANY_LOGIT = np.float32(3e38)
 
 
 class SequenceGrammar:
@@ -50,9 +55,10 @@ class SequenceGrammar:
         self._tail = b""
         self._error: str | None = None
         self._words = np.zeros(-(-vocabulary.size // 32), np.uint32)
-        self._forbidden: NDArray[np.bool_] | None = None  # None: to be computed
-        self._may_end = False
-        self._may_go_on = True
+        self._stop_words = self._stop_ids >> 5
+        self._mask: _Mask | None = None  # None: to be computed
+        self._last_mask: _Mask | None = None
+        self._last_words = self._words[:0]
         self._computing: Future[None] | None = None
 
     @property
@@ -65,7 +71,7 @@ class SequenceGrammar:
     @property
     def needs_mask(self) -> bool:
         """Return whether a mask is to be computed before the next token can be chosen."""
-        return self._forbidden is None and not self._is_waiting and not self.forced
+        return self._mask is None and not self._is_waiting and not self.forced
 
     def note_computing(self, computing: Future[None]) -> None:
         """Take note of who computes the next mask."""
@@ -79,13 +85,17 @@ class SequenceGrammar:
         if self._matcher.is_error():
             self._error = self._matcher.get_error()
             return
-        bits = np.unpackbits(self._words.view(np.uint8), bitorder="little")
         end_id = self._vocabulary.end_id
-        self._may_end = bool(bits[end_id])
-        forbidden = bits[:end_id] == 0
-        forbidden[self._stop_ids] = True
-        self._may_go_on = not forbidden.all()
-        self._forbidden = forbidden
+        may_end = bool(self._words[end_id >> 5] >> np.uint32(end_id & 31) & 1)
+        self._words[end_id >> 5] &= ~np.uint32(1 << (end_id & 31))
+        for token, word in zip(self._stop_ids, self._stop_words, strict=True):
+            self._words[word] &= ~np.uint32(1 << (int(token) & 31))
+        # Inside of a text one place is mostly like the one before.
+        last = self._last_mask
+        if last is None or last.may_end != may_end or not _equal(self._words, self._last_words):
+            last = _Mask.of(self._words, end_id, may_end, self._forbidden_logit)
+            self._last_mask, self._last_words = last, self._words.copy()
+        self._mask = last
 
     def restrict(self, logits: NDArray[np.float32], may_stop: bool) -> bool:
         """Forbid tokens in a row of logits (v); return False where the text must end here.
@@ -107,18 +117,17 @@ class SequenceGrammar:
             self._computing = None
         self.compute_mask()
         self._check()
-        assert self._forbidden is not None
-        if not self._may_go_on:
-            if not self._may_end:
+        mask = self._mask
+        assert mask is not None
+        if not mask.may_go_on:
+            if not mask.may_end:
                 raise RequestError(
                     "the grammar came to a place where no token of this model fits",
                     "response_format",
                 )
             return False
-        stops = logits[self._stop_ids] if self._may_end and may_stop else None
-        size = len(self._forbidden)
-        np.copyto(logits[:size], self._forbidden_logit, where=self._forbidden)
-        logits[size:] = self._forbidden_logit
+        stops = logits[self._stop_ids] if mask.may_end and may_stop else None
+        mask.apply(logits[: self._vocabulary.end_id], self._forbidden_logit)
         if stops is not None:
             logits[self._stop_ids] = stops
         return True
@@ -132,7 +141,7 @@ class SequenceGrammar:
             expected = self.forced.popleft()
             assert token_id == expected, "a forced token was not chosen"
             return
-        self._forbidden = None
+        self._mask = None
         if not self._matcher.consume_token(token_id):
             self._error = self._matcher.get_error()
             return
@@ -155,6 +164,64 @@ class SequenceGrammar:
                 f"a character that the model does not know ({reason}); make it simpler",
                 "response_format",
             )
+
+
+@dataclass(frozen=True)
+class _Mask:
+    """Which tokens may come next, in the form that is quickest to apply.
+
+    only: the ids that may come, where they are few. never: those that may not, where those are few.
+    Else limits: the largest logit of each token. may_end: the text may end here. may_go_on: some
+    token may come.
+    """
+
+    may_end: bool
+    may_go_on: bool
+    only: NDArray[np.int64] | None = None
+    never: NDArray[np.int64] | None = None
+    limits: NDArray[np.float32] | None = None
+
+    @classmethod
+    def of(
+        cls, words: NDArray[np.uint32], end_id: int, may_end: bool, forbidden: np.float32
+    ) -> _Mask:
+        """Read a mask of a bit for each token below `end_id`; the bits behind them are 0."""
+        allowed = np.flatnonzero(words != 0)
+        if len(allowed) * _SPARSE < len(words):
+            return cls(may_end, len(allowed) > 0, only=_ids_of(words, allowed))
+        others = ~words
+        places = np.flatnonzero(others != 0)
+        if len(places) * _SPARSE < len(words):
+            ids = _ids_of(others, places)
+            return cls(may_end, True, never=ids[: np.searchsorted(ids, end_id)])
+        bits = np.unpackbits(words.view(np.uint8), count=end_id, bitorder="little")
+        limits = bits.astype(np.float32)
+        limits *= _ANY_LOGIT
+        limits += forbidden
+        return cls(may_end, True, limits=limits)
+
+    def apply(self, logits: NDArray[np.float32], forbidden: np.float32) -> None:
+        """Forbid what may not come in a row of logits (v)."""
+        if self.only is not None:
+            kept = logits[self.only]
+            logits.fill(forbidden)
+            logits[self.only] = kept
+        elif self.never is not None:
+            logits[self.never] = forbidden
+        elif self.limits is not None:
+            np.minimum(logits, self.limits, out=logits)
+
+
+def _equal(words: NDArray[np.uint32], others: NDArray[np.uint32]) -> bool:
+    return len(words) == len(others) and bool((words == others).all())
+
+
+def _ids_of(words: NDArray[np.uint32], places: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return which bits are set, in order; `places` are the words that have any."""
+    bits = np.unpackbits(words[places].view(np.uint8), bitorder="little")
+    found = np.flatnonzero(bits.view(np.bool_))
+    ids: NDArray[np.int64] = (places[found >> 5] << 5) + (found & 31)
+    return ids
 
 
 class MaskThreads:
