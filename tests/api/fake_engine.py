@@ -13,11 +13,13 @@ from mlc_llm.artifact import ChatConfig
 from mlc_llm.engine.embedding import EmbeddingModel
 from mlc_llm.engine.encoder import Encoder, pages_for_encoding
 from mlc_llm.engine.engine import Engine
+from mlc_llm.engine.grammar_cache import GrammarCache
 from mlc_llm.engine.worker import EngineWorker
 from mlc_llm.runtime.runner import Step
 from mlc_llm.serve.catalog import ServedModels
 from mlc_llm.serve.model import ServedModel
 from mlc_llm.text.conversation import Conversation
+from mlc_llm.text.grammars.vocabulary import GrammarVocabulary
 from mlc_llm.text.prompt import PromptBuilder
 from mlc_llm.text.tokenizer import Tokenizer
 
@@ -60,6 +62,7 @@ class Parts:
         if self.models.embedding is not None:
             self.models.embedding.close()
         self.models.chat.worker.engine.check_integrity()
+        self.models.chat.worker.engine.close()
 
 
 def make_config() -> ChatConfig:
@@ -80,7 +83,8 @@ def make_parts(has_embedding: bool = True) -> Parts:
     runner = GatedRunner(
         num_pages=64, context_window_size=256, prefill_chunk_size=32, max_batch_size=8
     )
-    engine = Engine(runner, active_vocab_size=VOCAB_SIZE)
+    grammars = GrammarCache(lambda: GrammarVocabulary(TOKENIZER, [EOS_ID], VOCAB_SIZE))
+    engine = Engine(runner, active_vocab_size=VOCAB_SIZE, grammars=grammars)
     worker = EngineWorker(engine)
     worker.start()
     config = make_config()
