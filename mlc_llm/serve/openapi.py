@@ -54,10 +54,7 @@ def describe(
     else:
         content["application/json"] = {"schema": _reference(success)}
     if chunk is not None:
-        text = f"Events `data: {{json}}`, each a {chunk.__name__}, then `data: [DONE]`."
-        if api != "openai":
-            text = f"Events `event: {{type}}` with `data: {{json}}`, each a {chunk.__name__}."
-        content["text/event-stream"] = {"schema": {"type": "string", "description": text}}
+        content["text/event-stream"] = {"schema": _events(chunk, is_named=api != "openai")}
     responses: dict[str, Any] = {"200": {"description": "Done.", "content": content}}
     statuses = {*(_WITH_BODY if body is not None else _ALWAYS), *also}
     if not needs_key:
@@ -79,6 +76,16 @@ def describe(
     if parameters is not None:
         described["parameters"] = parameters
     return described
+
+
+def _events(chunk: type[BaseModel], *, is_named: bool) -> dict[str, Any]:
+    """Return the schema of one event of a stream, by the names of its lines."""
+    text = f"Events `data: {{json}}`, each a {chunk.__name__}, then `data: [DONE]`."
+    if is_named:
+        text = f"Events `event: {{type}}` with `data: {{json}}`, each a {chunk.__name__}."
+    names = ["event", "data"] if is_named else ["data"]
+    lines = {name: {"type": "string"} for name in names}
+    return {"type": "object", "description": text, "properties": lines, "required": names}
 
 
 def _reference(kind: type[BaseModel]) -> dict[str, str]:

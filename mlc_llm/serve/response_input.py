@@ -16,7 +16,7 @@ from mlc_llm.serve.protocol.responses import (
     ReasoningItem,
     RefusalPart,
     ResponseRequest,
-    TextFormat,
+    ResponseTextFormat,
 )
 from mlc_llm.serve.transcript import Names, Transcript, read_chat_request
 
@@ -138,7 +138,7 @@ def _choice_of(request: ResponseRequest) -> Any:
     return {"type": "function", "function": {"name": choice.name}}
 
 
-def _format_of(form: TextFormat) -> dict[str, Any]:
+def _format_of(form: ResponseTextFormat) -> dict[str, Any]:
     if form.type != "json_schema":
         return {"type": form.type}
     given = {

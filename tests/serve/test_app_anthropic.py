@@ -148,6 +148,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"container": "c"}, "container"),
     ({"mcp_servers": [{"type": "url"}]}, "mcp_servers"),
     ({"speed": "fast"}, "speed"),
+    ({"tools": [{"name": "f", "input_schema": {}, "defer_loading": 0}]}, "tools[0].defer_loading"),
     ({"thread": {"type": "create"}}, "thread"),
     ({"max_token": 5}, "max_token"),
 ]

@@ -25,7 +25,7 @@ def test_no_answer_is_undocumented(key: str | None) -> None:
     command += ["--exclude-checks", "positive_data_acceptance"]
     if key is not None:
         command += ["--header", f"Authorization: Bearer {key}"]
-    with served(options=AppOptions(api_key=key, enable_debug=True)) as running:
+    with served(context=64, options=AppOptions(api_key=key, enable_debug=True)) as running:
         run = subprocess.run(
             [*command, f"{running.url}/openapi.json"], capture_output=True, text=True, timeout=200
         )

@@ -10,11 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Discriminator, Field, StrictBool, StrictStr, Tag
 
 from mlc_llm.errors import RequestError
-from mlc_llm.serve.protocol.base import MAX_STOP_STRINGS, RequestBody, StopString, number, whole
+from mlc_llm.serve.protocol.base import (
+    MAX_STOP_STRINGS,
+    OnlyFalse,
+    RequestBody,
+    StopString,
+    number,
+    whole,
+)
 from mlc_llm.serve.protocol.fields import CheckedBody, Refused, WithoutEffect, with_fields
 from mlc_llm.serve.protocol.messages import MAX_MESSAGES
 
-_MAX_BLOCKS = 4096
+_MAX_BLOCKS = 1024
 _MAX_TOOLS = 128
 
 _WITHOUT_EFFECT: WithoutEffect = {
@@ -189,7 +196,7 @@ class Tool(Block):
     strict: StrictBool | None = None
     eager_input_streaming: Any = None
     allowed_callers: list[Literal["direct"]] | None = None
-    defer_loading: Literal[False] | None = None
+    defer_loading: OnlyFalse | None = None
     input_examples: Annotated[list[Any], Field(max_length=0)] | None = None
 
 

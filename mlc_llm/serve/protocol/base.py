@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -73,6 +73,12 @@ def _read_token_keys(value: Any) -> Any:
     return bias
 
 
+def _be_false(value: Any) -> Any:
+    if value is not False:
+        raise ValueError("Input should be false")
+    return value
+
+
 def whole(low: int, high: int = MAX_INT32) -> Any:
     """Return the annotation of a whole number within bounds; truth values are none."""
     return Field(strict=True, ge=low, le=high)
@@ -83,6 +89,8 @@ def number(low: float, high: float) -> Any:
     return Field(strict=True, ge=low, le=high, allow_inf_nan=False)
 
 
+# In Python, 0 equals false.
+OnlyFalse = Annotated[Literal[False], BeforeValidator(_be_false)]
 Int = Annotated[int, Field(strict=True, ge=0, le=MAX_INT32)]
 StopString = Annotated[StrictStr, Field(min_length=1, max_length=MAX_STOP_LEN)]
 StopStrings = Annotated[

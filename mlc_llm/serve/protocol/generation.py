@@ -13,6 +13,7 @@ from mlc_llm.serve.protocol.base import (
     MAX_STOP_TOKENS,
     Int,
     LogitBias,
+    OnlyFalse,
     RequestBody,
     StopStrings,
     number,
@@ -34,7 +35,7 @@ class StreamOptions(RequestBody):
 
     include_usage: StrictBool | None = None
     include_obfuscation: StrictBool | None = None
-    continuous_usage_stats: Literal[False] | None = None
+    continuous_usage_stats: OnlyFalse | None = None
 
 
 class DebugConfig(RequestBody):
@@ -44,7 +45,7 @@ class DebugConfig(RequestBody):
     """
 
     ignore_eos: StrictBool = False
-    pinned_system_prompt: Literal[False] | None = None
+    pinned_system_prompt: OnlyFalse | None = None
     special_request: None = None
     grammar_execution_mode: Literal["jump_forward", "constraint"] | None = None
     disagg_config: None = None

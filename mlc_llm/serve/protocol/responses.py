@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Discriminator, Field, StrictBool, StrictStr, Tag
 
 from mlc_llm.errors import RequestError
-from mlc_llm.serve.protocol.base import RequestBody, number, whole
+from mlc_llm.serve.protocol.base import OnlyFalse, RequestBody, number, whole
 from mlc_llm.serve.protocol.fields import CheckedBody, Refused, WithoutEffect, with_fields
 
 MAX_ITEMS = 4096
-_MAX_PARTS = 4096
+_MAX_PARTS = 1024
 _MAX_TOOLS = 128
 _MAX_METADATA = 16
 
@@ -123,7 +123,7 @@ class FunctionCallItem(RequestBody):
     status: Status | None = None
     caller: None = None
     namespace: None = None
-    async_: Literal[False] | None = Field(None, alias="async")
+    async_: OnlyFalse | None = Field(None, alias="async")
 
 
 class FunctionCallOutputItem(RequestBody):
@@ -188,7 +188,7 @@ Item = Annotated[
 ]
 
 
-class TextFormat(RequestBody):
+class ResponseTextFormat(RequestBody):
     """What the text of a response must be; schema and what goes with it are for "json_schema"."""
 
     type: Literal["text", "json_object", "json_schema"]
@@ -201,7 +201,7 @@ class TextFormat(RequestBody):
 class TextConfig(RequestBody):
     """How the text of a response is."""
 
-    format: TextFormat | None = None
+    format: ResponseTextFormat | None = None
     verbosity: Literal["medium"] | None = Field(
         None, description="Say in the instructions how long responses should be."
     )
@@ -226,8 +226,8 @@ class ResponseTool(RequestBody):
     parameters: dict[str, Any] | None = None
     strict: StrictBool | None = None
     allowed_callers: list[Literal["direct"]] | None = None
-    async_: Literal[False] | None = Field(None, alias="async")
-    defer_loading: Literal[False] | None = None
+    async_: OnlyFalse | None = Field(None, alias="async")
+    defer_loading: OnlyFalse | None = None
     output_schema: None = None
 
 
