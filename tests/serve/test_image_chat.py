@@ -261,3 +261,51 @@ def test_a_session_of_one_user_sees_too(image_models: ImageModels) -> None:
         bad = [{"type": "image_url", "image_url": {"url": "a.png"}}]
         next(iter(session.chat([{"role": "user", "content": bad}], params)))
     session.close()
+
+
+def test_agents_show_images_as_their_protocols_do(client: httpx.Client, opened: OpenModel) -> None:
+    names = ("wide.png", "high.png")
+    sources = []
+    for name in names:
+        kind, _, data = data_url(name).removeprefix("data:").partition(";base64,")
+        sources.append({"type": "base64", "media_type": kind, "data": data})
+    pictures = [{"type": "input_image", "image_url": data_url(name)} for name in names]
+    again = {"role": "assistant", "content": "two things"}
+    body: dict[str, Any] = {
+        "instructions": "See.",
+        "input": [
+            {
+                "role": "user",
+                "content": [
+                    pictures[0],
+                    {"type": "input_text", "text": "what is it?"},
+                    pictures[1],
+                ],
+            },
+            again,
+            {
+                "role": "user",
+                "content": [{"type": "input_text", "text": "and that?"}, pictures[0]],
+            },
+        ],
+        "temperature": 0,
+        "max_output_tokens": 20,
+    }
+    response = client.post("/v1/responses", json=body).json()
+    assert response["output"][0]["content"][0]["text"] == answer_of("llava", opened)
+    images = [{"type": "image", "source": source} for source in sources]
+    body = {
+        "system": "See.",
+        "messages": [
+            {"role": "user", "content": [images[0], text("what is it?"), images[1]]},
+            again,
+            {"role": "user", "content": [text("and that?"), images[0]]},
+        ],
+        "temperature": 0,
+        "max_tokens": 20,
+    }
+    message = client.post("/v1/messages", json=body).json()
+    assert message["content"][0]["text"] == answer_of("llava", opened)
+    body["messages"][0]["content"][0]["source"]["data"] = "QUJD"
+    refused = client.post("/v1/messages", json=body)
+    assert refused.status_code == 400 and refused.json()["type"] == "error"
