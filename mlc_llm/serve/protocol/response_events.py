@@ -67,7 +67,8 @@ class OutputReasoning(BaseModel):
 class OutputCall(BaseModel):
     """A function that the client is to call, its arguments as JSON text.
 
-    Arguments are incomplete where the status is.
+    Arguments are incomplete where the status is, in streams; in a response that is not streamed a
+    call that was cut is text.
     """
 
     id: str
