@@ -32,8 +32,8 @@ class ThinkingContent(BaseModel):
 class ToolUseContent(BaseModel):
     """A tool that the client is to call.
 
-    Of a call that max_tokens cut, input has what was written of it in a stream; in an answer that is
-    not streamed such a call is text.
+    Of a call that max_tokens cut, input has what was written of it in a stream; in an answer that
+    is not streamed such a call is text.
     """
 
     type: Literal["tool_use"] = "tool_use"
