@@ -20,6 +20,7 @@ from mlc_llm.errors import ModelNotFound, OptionError
 
 if TYPE_CHECKING:
     from mlc_llm.artifact import LibraryMetadata
+    from mlc_llm.images.inputs import ImageInputs
     from mlc_llm.prepare.describe import Description
     from mlc_llm.prepare.inventory import Inventory
 
@@ -153,12 +154,13 @@ def _collect(
     weights_bytes = images = None
     if config is not None:
         from mlc_llm.compiler.outline import count_parameters, outline_library
+        from mlc_llm.images.inputs import ImageInputs
 
         num_parameters = count_parameters(config)
         metadata = _with_known_workspace(outline_library(config), description, inventory)
         weights_bytes = sum(spec.size_bytes for spec in metadata.params)
         needs = _needs(metadata, weights_bytes)
-        images = metadata.images and {n: metadata.images[n] for n in ("size", "num_rows")}
+        images = _image_facts(ImageInputs.from_json(metadata.images))
     key = str(description.path.resolve())
     copies = sorted(copy.quantization for copy in inventory.models if copy.source == key)
     return {
@@ -291,9 +293,19 @@ def _tokens(number: int | None) -> str | None:
     return None if number is None or number < 1 else f"{number:,} tokens"
 
 
+def _image_facts(images: ImageInputs | None) -> dict[str, int] | None:
+    if images is None:
+        return None
+    tiles = {"max_tiles": images.max_views - 1} if images.tiling else {}
+    return {"size": images.size, "num_rows": images.max_rows, **tiles}
+
+
 def _images_note(images: dict[str, int] | None) -> str | None:
     if images is None:
         return None
+    if count := images.get("max_tiles"):
+        size = f"{images['size']} x {images['size']} pixels"
+        return f"up to {count} tiles of {size}, up to {images['num_rows']:,} tokens"
     return f"{images['size']} x {images['size']} pixels, {images['num_rows']} tokens each"
 
 

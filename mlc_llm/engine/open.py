@@ -18,6 +18,7 @@ from mlc_llm.errors import CorruptFile, LibraryMismatch, OptionError, Unsupporte
 from mlc_llm.images.inputs import ImageInputs
 from mlc_llm.images.processing import ImageProcessing
 from mlc_llm.images.reader import ImageReader
+from mlc_llm.images.tiles import TileProcessing
 from mlc_llm.runtime.library import load_library
 from mlc_llm.text.grammars.vocabulary import GrammarVocabulary
 from mlc_llm.text.prompt import PromptBuilder, load_template
@@ -123,7 +124,10 @@ def open_model(
 def _image_reader(
     metadata: LibraryMetadata, config: ChatConfig, tokenizer: Tokenizer, artifact: Path
 ) -> ImageReader | None:
-    """Return what reads images for a model, None for one that takes none. Raises CorruptFile."""
+    """Return what reads images for a model, None for one that takes none.
+
+    Raises CorruptFile and LibraryMismatch.
+    """
     inputs = ImageInputs.from_json(metadata.images)
     if inputs is None:
         return None
@@ -135,6 +139,14 @@ def _image_reader(
         )
     given = config.model_config.get("image_processing")
     where = str(artifact / CHAT_CONFIG_NAME)
+    if inputs.tiling:
+        tiles = TileProcessing() if given is None else TileProcessing.from_json(given, where)
+        if tiles.num_crops >= inputs.max_views:
+            raise LibraryMismatch(
+                f"{where}: num_crops is {tiles.num_crops}, the library was compiled for "
+                f"{inputs.max_views - 1}; compile it again with `mlc_llm compile`"
+            )
+        return ImageReader(inputs, tiles, token)
     processing = (
         ImageProcessing.usual(inputs.size)
         if given is None

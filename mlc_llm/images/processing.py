@@ -26,8 +26,8 @@ PROCESSOR_KEY = "preprocessor_config"
 _KINDS = ("CLIPImageProcessor", "CLIPFeatureExtractor", "LlavaImageProcessor")
 _NUM_FILTERS = 6  # Pillow's filters have the numbers from 0 to 5; 3 is bicubic
 # What CLIP was trained on, of all its sizes.
-_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class ImageProcessing:
     crop: tuple[int, int] | None = None
     resample: int = 3
     rescale_factor: float = 1 / 255
-    mean: tuple[float, ...] = _CLIP_MEAN
-    std: tuple[float, ...] = _CLIP_STD
+    mean: tuple[float, ...] = CLIP_MEAN
+    std: tuple[float, ...] = CLIP_STD
     pads_to_square: bool = False
 
     @staticmethod
@@ -81,8 +81,8 @@ class ImageProcessing:
             (cut[1] or (cut[0], cut[0])) if does("center_crop") else None,
             config.get("resample", 3),
             float(config.get("rescale_factor", 1 / 255)) if does("rescale") else 1.0,
-            tuple(config.get("image_mean") or _CLIP_MEAN) if has_values else (0.0, 0.0, 0.0),
-            tuple(config.get("image_std") or _CLIP_STD) if has_values else (1.0, 1.0, 1.0),
+            tuple(config.get("image_mean") or CLIP_MEAN) if has_values else (0.0, 0.0, 0.0),
+            tuple(config.get("image_std") or CLIP_STD) if has_values else (1.0, 1.0, 1.0),
             does("pad", False),
         )
         processing.check(size, where)
@@ -107,13 +107,7 @@ class ImageProcessing:
 
     def check(self, size: int, where: str) -> None:
         """Raise CorruptFile unless images come out with `size` pixels each way."""
-        numbers = (*self.mean, *self.std, self.rescale_factor)
-        is_real = all(isinstance(value, int | float) and math.isfinite(value) for value in numbers)
-        if not is_real or len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
-            raise CorruptFile(
-                f"{where}: image_mean {self.mean!r:.60} and image_std {self.std!r:.60} must be "
-                "three numbers each, those of image_std above 0"
-            )
+        check_colours(self.mean, self.std, where, self.rescale_factor)
         if not isinstance(self.resample, int) or not 0 <= self.resample < _NUM_FILTERS:
             raise CorruptFile(f"{where}: resample must be from 0 to 5, is {self.resample!r:.40}")
         if (found := self.crop or self.resize_to) != (size, size):
@@ -144,6 +138,19 @@ class ImageProcessing:
         scaled = values.astype(np.float32) * np.float32(self.rescale_factor)
         normal = (scaled - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
         return np.ascontiguousarray(normal.transpose(2, 0, 1))
+
+
+def check_colours(
+    mean: tuple[float, ...], std: tuple[float, ...], where: str, factor: float = 1.0
+) -> None:
+    """Raise CorruptFile unless mean and std are three numbers each, and the factor is one."""
+    numbers = (*mean, *std, factor)
+    is_real = all(isinstance(value, int | float) and math.isfinite(value) for value in numbers)
+    if not is_real or len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+        raise CorruptFile(
+            f"{where}: image_mean {mean!r:.60} and image_std {std!r:.60} must be three "
+            "numbers each, those of image_std above 0"
+        )
 
 
 def _read_size(value: Any, where: str) -> tuple[int, tuple[int, int] | None]:

@@ -16,8 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlc_llm.errors import OptionError, RequestError
-from mlc_llm.images.inputs import ImageInputs
+from mlc_llm.images.inputs import ImageInputs, PromptImage
 from mlc_llm.images.processing import MAX_PIXELS, ImageProcessing
+from mlc_llm.images.tiles import TileProcessing, arrange
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -38,23 +39,38 @@ class ImageReader:
     token: the text that stands for an image in the model's prompts.
     """
 
-    def __init__(self, inputs: ImageInputs, processing: ImageProcessing, token: str) -> None:
+    def __init__(
+        self, inputs: ImageInputs, processing: ImageProcessing | TileProcessing, token: str
+    ) -> None:
         self.inputs, self.token = inputs, token
         self._processing = processing
         # One at a time: an image of some hundred kilobytes may take as many megabytes.
         self._lock = threading.Lock()
 
     def read(self, url: str, where: str) -> NDArray[np.float32]:
-        """Return the pixels, (3, size, size) float32, of a data URL.
+        """Return the pixels of a data URL, float32, as `PromptImage` has them.
 
         Raises RequestError that names the field `where`, OptionError where Pillow is not installed.
         """
-        data = decode_url(url, where)
+        return self.place(url, where, 0).pixels
+
+    def place(self, url: str, where: str, first: int) -> PromptImage:
+        """Return the image of a data URL, its rows from the place `first` of a prompt on.
+
+        Raises as `read` does.
+        """
+        data, inputs = decode_url(url, where), self.inputs
         with self._lock:
             try:
-                return self._processing.apply(open_image(data, where))
+                image, processing = open_image(data, where), self._processing
+                if isinstance(processing, ImageProcessing):
+                    return PromptImage(processing.apply(image), first, inputs.num_rows)
+                grid = processing.grid(*image.size, inputs.size)
+                order = arrange(inputs.tiling, inputs.num_rows, grid.across, grid.down)
+                pixels = processing.apply(image, inputs.size)
             except RequestError as error:
                 raise RequestError(f"{where}: {error}", where) from None
+        return PromptImage(pixels, first, len(order), order)
 
 
 def url_of_file(path: Path) -> str:

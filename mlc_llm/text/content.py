@@ -5,14 +5,37 @@ Knows the parts that OpenAI's clients send. Does not know templates, and decodes
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from mlc_llm.errors import RequestError
 from mlc_llm.images.reader import MAX_IMAGES
 
 _DETAILS = ("auto", "low", "high")  # all the same to models that see images of one size
+
+
+@dataclass(frozen=True)
+class ImageToken:
+    """What stands for an image in prompts: a token of the vocabulary.
+
+    Where images are numbered, templates are given <|image_1|>, <|image_2|> and so on instead.
+    """
+
+    token: str
+    is_numbered: bool = False
+
+    def text(self, number: int) -> str:
+        """Return what stands for an image, numbered from 1 in a conversation."""
+        return f"<|image_{number}|>" if self.is_numbered else self.token
+
+    @cached_property
+    def pattern(self) -> re.Pattern[str]:
+        """Find every place of an image in a text."""
+        numbered = r"|<\|image_\d+\|>" if self.is_numbered else ""
+        return re.compile(re.escape(self.token) + numbered)
 
 
 @dataclass(frozen=True)
@@ -40,9 +63,18 @@ class CheckedMessage:
         """The message's images, in order."""
         return [part for part in self.parts if isinstance(part, ImagePart)]
 
-    def with_text(self, image_token: str = "") -> dict[str, Any]:
-        """Return the message with its content as one text, images as their token and a new line."""
-        pieces = [p if isinstance(p, str) else f"{image_token}\n" for p in self.parts]
+    def with_text(self, token: ImageToken | None = None, number: int = 1) -> dict[str, Any]:
+        """Return the message with its content as one text, images as their token and a new line.
+
+        number: that of the message's first image.
+        """
+        pieces = []
+        for part in self.parts:
+            if isinstance(part, str):
+                pieces.append(part)
+            elif token is not None:
+                pieces.append(f"{token.text(number)}\n")
+                number += 1
         return {**self.fields, "role": self.role, "content": "".join(pieces)}
 
     def with_parts(self) -> dict[str, Any]:
@@ -54,8 +86,19 @@ class CheckedMessage:
         return {**self.fields, "role": self.role, "content": content}
 
 
+def with_texts(
+    messages: Sequence[CheckedMessage], token: ImageToken | None
+) -> list[dict[str, Any]]:
+    """Return messages with their contents as texts, images in them numbered through."""
+    number, result = 1, []
+    for message in messages:
+        result.append(message.with_text(token, number))
+        number += len(message.images)
+    return result
+
+
 def read_messages(
-    messages: Sequence[Mapping[str, Any]], image_token: str | None = None
+    messages: Sequence[Mapping[str, Any]], image_token: ImageToken | None = None
 ) -> list[CheckedMessage]:
     """Return the messages, checked. Raises RequestError naming the bad one.
 
@@ -79,7 +122,7 @@ def read_messages(
     return checked
 
 
-def _read_parts(content: Any, number: int, image_token: str | None) -> Parts:
+def _read_parts(content: Any, number: int, image_token: ImageToken | None) -> Parts:
     if isinstance(content, str):
         return [content]
     if not isinstance(content, list):
@@ -92,7 +135,7 @@ def _read_parts(content: Any, number: int, image_token: str | None) -> Parts:
     ]
 
 
-def _read_part(part: Any, where: str, image_token: str | None) -> str | ImagePart:
+def _read_part(part: Any, where: str, image_token: ImageToken | None) -> str | ImagePart:
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind == "text" and isinstance(part.get("text"), str):
         return str(part["text"])
@@ -119,7 +162,7 @@ def _read_image(value: Any, where: str) -> ImagePart:
     return ImagePart(value, where)
 
 
-def _check_images(messages: Sequence[CheckedMessage], image_token: str) -> None:
+def _check_images(messages: Sequence[CheckedMessage], image_token: ImageToken) -> None:
     num_images = 0
     for number, message in enumerate(messages):
         num_images += len(message.images)
@@ -129,10 +172,12 @@ def _check_images(messages: Sequence[CheckedMessage], image_token: str) -> None:
                 "messages of role 'user'",
                 message.images[0].where,
             )
-        if any(image_token in part for part in message.parts if isinstance(part, str)):
+        texts = (part for part in message.parts if isinstance(part, str))
+        if found := next(filter(None, map(image_token.pattern.search, texts)), None):
             raise RequestError(
-                f"message {number} has the text {image_token!r}, which stands for an image in this "
-                "model's prompts; send the image as a part of type 'image_url', or leave it out",
+                f"message {number} has the text {found[0]!r:.80}, which stands for an image in "
+                "this model's prompts; send the image as a part of type 'image_url', or leave it "
+                "out",
                 f"messages[{number}].content",
             )
     if num_images > MAX_IMAGES:

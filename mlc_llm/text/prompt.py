@@ -19,7 +19,7 @@ from mlc_llm.images.inputs import PromptImage
 from mlc_llm.images.reader import ImageReader, url_of_file
 from mlc_llm.text.answers import AnswerFormats
 from mlc_llm.text.chat_template import ChatTemplate, find_chat_template
-from mlc_llm.text.content import CheckedMessage, read_messages
+from mlc_llm.text.content import CheckedMessage, ImageToken, read_messages, with_texts
 from mlc_llm.text.conversation import Conversation
 from mlc_llm.text.reasoning import AUTO
 from mlc_llm.text.settings import read_settings, special_tokens_of
@@ -71,6 +71,10 @@ class PromptBuilder:
         self._template = template
         self._vocab_size = vocab_size
         self._images = images
+        # Models that see tiles of images also number the images of a conversation.
+        self._image_token = (
+            None if images is None else ImageToken(images.token, bool(images.inputs.tiling))
+        )
         self._takes_parts: bool | None = None  # not known yet
         self._tool_template = tool_template
         self.template_text = template_text(template, conversation)
@@ -158,7 +162,7 @@ class PromptBuilder:
         Raises RequestError for other messages, and for options the model's template has no place
         for; TemplateError where it fails.
         """
-        token = None if self._images is None else self._images.token
+        token = self._image_token
         fitted = self._tools.fit(messages, tools)
         checked = read_messages(fitted.messages, token)
         if self._template is not None:
@@ -175,9 +179,9 @@ class PromptBuilder:
                 text = _cut_after_content(text, checked[-1].with_text())
             # Templates of models with images leave it to the tokenizer.
             bos, sees = self._tokenizer.bos_token, self._images is not None
-            ids = self._tokenizer.encode(text, sees and not (bos and text.startswith(bos)))
+            ids = self._encode(text, sees and not (bos and text.startswith(bos)))
         else:
-            plain = [message.with_text(token or "") for message in checked]
+            plain = with_texts(checked, token)
             _refuse_other_fields(plain, self._conversation.name)
             for name, is_given in (
                 ("chat_template_kwargs", bool(variables)),
@@ -191,7 +195,7 @@ class PromptBuilder:
                         name,
                     )
             text = self._conversation.render(plain)
-            ids = self._conversation.system_prefix_token_ids + self._tokenizer.encode(text)
+            ids = self._conversation.system_prefix_token_ids + self._encode(text)
         if ids and max(ids) >= self._vocab_size:
             raise RequestError(
                 f"the prompt has token id {max(ids)}, the model has {self._vocab_size:,} tokens: "
@@ -199,24 +203,37 @@ class PromptBuilder:
             )
         return Prompt(ids) if self._images is None else self._with_images(ids, checked)
 
+    def _encode(self, text: str, adds_special_tokens: bool = False) -> list[int]:
+        """Return the ids of a prompt, one in each place of an image."""
+        if self._images is None or self._image_token is None or not self._image_token.is_numbered:
+            return self._tokenizer.encode(text, adds_special_tokens)
+        # As the model's own processor does: each piece between images is a text by itself.
+        pieces = self._image_token.pattern.split(text)
+        ids = self._tokenizer.encode(pieces[0], adds_special_tokens)
+        for piece in pieces[1:]:
+            ids.append(self._images.inputs.token_id)
+            ids += self._tokenizer.encode(piece, adds_special_tokens)
+        return ids
+
     def _template_messages(self, checked: Sequence[CheckedMessage]) -> list[dict[str, Any]]:
         """Return the messages in the form that the template goes through."""
-        if self._images is None:
-            return [message.with_text() for message in checked]
+        token = self._image_token
+        if token is None:
+            return with_texts(checked, None)
         if self._takes_parts is None:
-            self._takes_parts = self._finds_parts(self._images.token)
+            self._takes_parts = self._finds_parts(token)
         if self._takes_parts:
             return [message.with_parts() for message in checked]
-        return [message.with_text(self._images.token) for message in checked]
+        return with_texts(checked, token)
 
-    def _finds_parts(self, image_token: str) -> bool:
+    def _finds_parts(self, token: ImageToken) -> bool:
         """Return whether the template writes the parts of a content, or takes it for a text."""
         assert self._template is not None
         try:
             text = self._template.render([_PROBE])
         except TemplateError:
             return False
-        return image_token in text and "probe" in text
+        return token.pattern.search(text) is not None and "probe" in text
 
     def _with_images(self, ids: list[int], checked: Sequence[CheckedMessage]) -> Prompt:
         """Return the prompt with a token for each row of each image."""
@@ -234,9 +251,8 @@ class PromptBuilder:
         for token_id in ids:
             if token_id == inputs.token_id:
                 part = next(waiting)
-                pixels = self._images.read(part.url, part.where)
-                images.append(PromptImage(pixels, len(whole), inputs.num_rows))
-                whole += [token_id] * inputs.num_rows
+                images.append(self._images.place(part.url, part.where, len(whole)))
+                whole += [token_id] * images[-1].num_rows
             else:
                 whole.append(token_id)
         return Prompt(whole, tuple(images))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from mlc_llm.engine.request import Output, Request
 from mlc_llm.engine.sampling import SamplingParams
 from mlc_llm.errors import RequestError, StepFailed
 from mlc_llm.images.inputs import ImageInputs, PromptImage
+from mlc_llm.images.tiles import arrange
 from mlc_llm.runtime.runner import Step
 
 TOKEN, SIZE, NUM_ROWS, WIDTH = 5, 4, 20, 3
@@ -24,8 +26,9 @@ INPUTS = ImageInputs(TOKEN, SIZE, NUM_ROWS, WIDTH)
 class FakeImageRunner(FakeRunner):
     """Keeps, in place of an image's tokens, numbers made of the image and of the row."""
 
-    def __init__(self, **changes: Any) -> None:
-        super().__init__(images=INPUTS.to_json(), **changes)
+    def __init__(self, inputs: ImageInputs = INPUTS, **changes: Any) -> None:
+        super().__init__(images=inputs.to_json(), **changes)
+        self.num_rows = inputs.num_rows
         self.encoded: list[int] = []
         self.encoded_in_step: list[int] = []
 
@@ -33,7 +36,7 @@ class FakeImageRunner(FakeRunner):
         assert pixels.shape == (3, SIZE, SIZE)
         number = int(pixels[0, 0, 0])
         self.encoded.append(number)
-        rows = 1000 * number + np.arange(NUM_ROWS)
+        rows = 1000 * number + np.arange(self.num_rows)
         return np.repeat(rows[:, None], WIDTH, axis=1).astype(np.float32)
 
     def forward(self, step: Step) -> Logits:
@@ -239,3 +242,81 @@ def test_models_of_text_take_no_images() -> None:
     engine = Engine(FakeRunner(context_window_size=256, num_pages=64))
     with pytest.raises(RequestError, match="this model takes no images"):
         engine.check(ask("a", 1, TEXT))
+
+
+TILED = ImageInputs(TOKEN, SIZE, 6, WIDTH, max_views=5, tiling="sub_glb")
+
+
+def tiled_image(number: int, first: int, across: int, down: int) -> PromptImage:
+    """Return an image whose views are told apart by 10 * number and which of them it is."""
+    views = 10 * number + np.arange(1 + across * down, dtype=np.float32)
+    pixels = np.broadcast_to(views[:, None, None, None], (len(views), 3, SIZE, SIZE))
+    order = arrange(TILED.tiling, TILED.num_rows, across, down)
+    return PromptImage(pixels, first, len(order), order)
+
+
+def seen_of(image: PromptImage) -> list[int]:
+    assert image.order is not None
+    views, rows = np.divmod(image.order, TILED.num_rows)
+    return [
+        int(1000 * image.pixels[view, 0, 0, 0] + row) for view, row in zip(views, rows, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("chunk", [3, 64])
+def test_steps_make_one_view_at_most_of_images_in_tiles(chunk: int) -> None:
+    engine, runner = make_engine(prefill_chunk_size=chunk, inputs=TILED)
+    engine.add(ask("text", TEXT, count=40))
+    expected_of = {"text": expected(TEXT, count=40)}
+    for name, numbers in (("a", (1, 2)), ("b", (3,)), ("c", (4,)), ("d", (5,))):
+        tokens, seen, images = list(TEXT), list(TEXT), []
+        for number in numbers:
+            across, down = (2, 2) if number % 2 else (1, 3)
+            image = tiled_image(number, len(tokens), across, down)
+            images.append(image)
+            tokens += [TOKEN] * image.num_rows + [9]
+            seen += [*seen_of(image), 9]
+        params = SamplingParams(temperature=0, max_tokens=2)
+        engine.add(Request(name, tokens, params, images=tuple(images)))
+        for _ in range(2):
+            seen.append(next_token(seen))
+        expected_of[name] = seen[-2:]
+    outputs: list[Output] = []
+    while engine.has_work:
+        outputs += engine.step()
+        engine.check_integrity()
+        assert engine._images is not None and engine._images.num_held <= (MAX_HELD + 1) * 5
+    for name, tokens in expected_of.items():
+        assert tokens_of(outputs, name) == tokens
+    assert max(runner.encoded_in_step) == 1
+    # Every view once: the whole and four tiles, or three.
+    assert sorted(runner.encoded) == [
+        10 * number + view for number in range(1, 6) for view in range(5 if number % 2 else 4)
+    ]
+
+
+def test_images_of_equal_tiles_in_another_grid_are_not_shared() -> None:
+    wide, high = tiled_image(0, 0, 2, 1), tiled_image(0, 0, 1, 2)
+    assert np.array_equal(wide.pixels, high.pixels) and wide.key != high.key
+    assert wide.key == tiled_image(0, 7, 2, 1).key
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"order": None, "num_rows": 6},
+        {"num_rows": 12},
+        {"order": np.arange(17, dtype=np.int32) + 20},
+        {"order": np.arange(17, dtype=np.int32) - 1},
+        {"pixels": np.zeros((6, 3, SIZE, SIZE), np.float32)},
+        {"pixels": np.zeros((3, 3, SIZE, SIZE + 1), np.float32)},
+    ],
+)
+def test_images_in_tiles_that_do_not_fit_are_refused(changes: dict[str, Any]) -> None:
+    engine, _ = make_engine(inputs=TILED)
+    image = tiled_image(1, 0, 2, 1)
+    assert image.num_rows == 17
+    wrong = dataclasses.replace(image, **changes)
+    params = SamplingParams(temperature=0, max_tokens=2)
+    with pytest.raises(RequestError, match="takes up to 5 views of"):
+        engine.add(Request("a", [TOKEN] * 17 + TEXT, params, images=(wrong,)))

@@ -14,6 +14,7 @@ from mlc_llm.images.inputs import ImageInputs
 from mlc_llm.images.processing import ImageProcessing
 from mlc_llm.images.reader import ImageReader
 from mlc_llm.text.chat_template import ChatTemplate
+from mlc_llm.text.content import ImageToken, read_messages, with_texts
 from mlc_llm.text.conversation import Conversation, get_conversation
 from mlc_llm.text.prompt import PromptBuilder
 from mlc_llm.text.tokenizer import Tokenizer
@@ -42,8 +43,10 @@ def tokenizer() -> Tokenizer:
 def build(tokenizer: Tokenizer) -> Iterator[Any]:
     builders = []
 
-    def make(template: str | None, conversation: Conversation | None = None) -> PromptBuilder:
-        inputs = ImageInputs(TOKEN, 20, NUM_ROWS, 4)
+    def make(
+        template: str | None, conversation: Conversation | None = None, tiling: str = ""
+    ) -> PromptBuilder:
+        inputs = ImageInputs(TOKEN, 20, NUM_ROWS, 4, tiling=tiling)
         reader = ImageReader(inputs, ImageProcessing.usual(20), "<image>")
         jinja = None if template is None else ChatTemplate(template, {"bos_token": "<s>"})
         conversation = conversation or Conversation()
@@ -85,6 +88,28 @@ def test_conversation_templates(build: Any, tokenizer: Tokenizer) -> None:
     builder = build(None, get_conversation("llava"))
     messages = [{"role": "user", "content": [IMAGE, {"type": "text", "text": "what?"}]}]
     assert text_of(builder, tokenizer, messages) == "<s>USER: ###\nwhat? ASSISTANT:"
+
+
+OWN = PARTS.replace("[<image>]", "<|image_9|>").replace("{{ bos_token }}", "")
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        # Pieces between images are texts by themselves, each with a BOS.
+        (TEXT, "<s>user: a###<s>\n###<s>\n|assistant: b|user: ###<s>\nc|"),
+        (OWN, "<s>a###<s>###<s>|b|###<s>c|"),
+    ],
+)
+def test_models_that_see_tiles_number_their_images(
+    build: Any, tokenizer: Tokenizer, template: str, expected: str
+) -> None:
+    messages = [*MESSAGES, {"role": "user", "content": [IMAGE, {"type": "text", "text": "c"}]}]
+    builder = build(template, tiling="sub_glb")
+    assert text_of(builder, tokenizer, messages) == expected
+    # Templates of texts are given numbers through the conversation.
+    plain = with_texts(read_messages(messages, ImageToken("<image>", True)), ImageToken("", True))
+    assert [m["content"] for m in plain] == ["a<|image_1|>\n<|image_2|>\n", "b", "<|image_3|>\nc"]
 
 
 def test_text_alone_goes_the_same_way(build: Any, tokenizer: Tokenizer) -> None:
