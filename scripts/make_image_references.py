@@ -15,12 +15,15 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import re
 import shutil
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import phi3_v_reference
 import PIL
 import torch
 import transformers
@@ -32,6 +35,8 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 REFERENCES = Path(__file__).parent.parent / "tests" / "image_references"
 # As wide as high, wider and higher; the last has an alpha channel.
 IMAGES = {"square.png": (40, 40), "wide.png": (53, 31), "high.png": (29, 47)}
+# And one much wider, for models that see tiles of images.
+STRIP = {"strip.png": (90, 25)}
 IMAGE_TOKEN = "<image>"
 MIN_GREEDY_MARGIN = 0.02
 # What llava-hf's repositories bring, in fewer words: images of a message go before its texts.
@@ -54,6 +59,7 @@ CHAT = [
     {"role": "user", "content": [{"type": "text", "text": "and that?"}, {"type": "image"}]},
 ]
 CHAT_IMAGES = ["wide.png", "high.png", "wide.png"]
+TILED_IMAGES = ["strip.png", "high.png", "strip.png"]
 
 
 def main() -> None:
@@ -68,7 +74,8 @@ def main() -> None:
     write_images()
     for case in cases:
         if not names or case["name"] in names:
-            make_case(case)
+            make = make_tiled_case if case["model_type"] == "phi3_v" else make_case
+            make(case)
             manifest[case["name"]] = {
                 "python": platform.python_version(),
                 "torch": torch.__version__,
@@ -81,7 +88,7 @@ def main() -> None:
 
 def write_images() -> None:
     """Write the images, if they are not there: noise at two scales, so that every filter shows."""
-    for seed, (name, (width, height)) in enumerate(IMAGES.items()):
+    for seed, (name, (width, height)) in enumerate((IMAGES | STRIP).items()):
         path = REFERENCES / name
         if path.exists():
             continue
@@ -106,18 +113,57 @@ def make_case(case: dict[str, Any]) -> None:
     model.save_pretrained(directory)
     processor = CLIPImageProcessorPil(**case["processor"])
     processor.save_pretrained(directory)
-    write_tokenizer(directory)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
-    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
-    tokenizer.chat_template = CHAT_TEMPLATE
-    tokenizer.save_pretrained(directory)
-    (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    tokenizer = write_chat_tokenizer(directory, IMAGE_TOKEN, CHAT_TEMPLATE)
     model = transformers.AutoModelForImageTextToText.from_pretrained(
         directory, dtype=torch.float32, attn_implementation="eager"
     ).eval()
     np.savez(directory / "reference.npz", **compute(case, model, processor, tokenizer))
     if case.get("old_names"):
         write_old_style(directory, config)
+
+
+def write_chat_tokenizer(directory: Path, image_token: str, template: str) -> Any:
+    """Write and return a tokenizer with a token for images, the last one, and a template."""
+    write_tokenizer(directory)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    tokenizer.add_special_tokens({"additional_special_tokens": [image_token]})
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(directory)
+    (directory / "chat_template.jinja").write_text(template)
+    return tokenizer
+
+
+def make_tiled_case(case: dict[str, Any]) -> None:
+    """Write a checkpoint of Phi-3-vision with its reference.npz."""
+    directory, settings = REFERENCES / case["name"], case["processor"]
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir()
+    model = phi3_v_reference.Phi3V(case, lambda name, shape: random_tensor(case, name, shape))
+    whole = {"image_processor_type": "Phi3VImageProcessor", **settings}
+    (directory / "preprocessor_config.json").write_text(json.dumps(whole, indent=2) + "\n")
+    template = phi3_v_reference.CHAT_TEMPLATE
+    tokenizer = write_chat_tokenizer(directory, "<|image|>", template)
+    arrays, rows = {}, {}
+    for name in dict.fromkeys(TILED_IMAGES):
+        with Image.open(REFERENCES / name) as image:
+            white = Image.new("RGBA", image.size, "white")
+            seen = Image.alpha_composite(white, image.convert("RGBA"))
+        pixels, across, down = phi3_v_reference.prepare(seen, model.size, settings)
+        with torch.no_grad():
+            rows[name] = model.rows(pixels, across, down)
+        arrays[f"pixels_{name}"], arrays[f"rows_{name}"] = pixels.numpy(), rows[name].numpy()
+    token = case["config"]["image_token_index"]
+    text = tokenizer.apply_chat_template(
+        phi3_v_reference.CHAT, tokenize=False, add_generation_prompt=True
+    )
+    token_ids: list[int] = []
+    for number, piece in enumerate(re.split(r"<\|image_\d+\|>", text)):
+        token_ids += [token] * len(rows[TILED_IMAGES[number - 1]]) if number else []
+        token_ids += tokenizer(piece)["input_ids"]
+    joined = torch.cat([rows[name] for name in TILED_IMAGES])
+    arrays |= continue_chat(case, token_ids, lambda ids: model.logits(ids, token, joined))
+    model.save(directory, case["config"])
+    np.savez(directory / "reference.npz", **arrays)
 
 
 def random_tensor(case: dict[str, Any], name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -148,11 +194,18 @@ def compute(case: dict[str, Any], model: Any, processor: Any, tokenizer: Any) ->
     text = tokenizer.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)
     token_ids = tokenizer(text.replace(IMAGE_TOKEN, IMAGE_TOKEN * num_rows))["input_ids"]
     seen = torch.cat([pixels[name] for name in CHAT_IMAGES])
-    arrays["token_ids"] = np.asarray(token_ids, np.int32)
-    arrays["logits"] = logits_of(model, token_ids, seen)
+    found = continue_chat(case, token_ids, lambda tokens: logits_of(model, tokens, seen))
+    return {**arrays, **found}
+
+
+def continue_chat(
+    case: dict[str, Any], token_ids: list[int], compute_logits: Callable[[list[int]], np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Return a prompt, its logits and the greedy tokens after it; other seeds where it is close."""
+    arrays = {"token_ids": np.asarray(token_ids, np.int32), "logits": compute_logits(token_ids)}
     tokens, margin = list(token_ids), float("inf")
     for _ in range(GREEDY_STEPS):
-        last = logits_of(model, tokens, seen)[-1]
+        last = compute_logits(tokens)[-1]
         second, first = np.sort(last)[-2:]
         margin = min(margin, float(first - second))
         tokens.append(int(last.argmax()))

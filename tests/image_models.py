@@ -13,7 +13,11 @@ from numpy.typing import NDArray
 from tiny_models import TinyModels
 
 REFERENCES = Path(__file__).parent / "image_references"
-CASES = [case["name"] for case in json.loads((REFERENCES / "cases.json").read_text())]
+_CASES = {c["name"]: c["model_type"] for c in json.loads((REFERENCES / "cases.json").read_text())}
+CASES = [name for name, model_type in _CASES.items() if model_type == "llava"]
+# Models that see tiles of images, and the images of their chat, in order.
+TILED_CASES = [name for name, model_type in _CASES.items() if model_type == "phi3_v"]
+TILED_IMAGES = ("strip.png", "high.png", "strip.png")
 IMAGES = ("square.png", "wide.png", "high.png")
 # The images of the reference's chat, in order.
 CHAT_IMAGES = ("wide.png", "high.png", "wide.png")
@@ -47,12 +51,17 @@ def data_url(image: str) -> str:
     return "data:image/png;base64," + base64.b64encode((REFERENCES / image).read_bytes()).decode()
 
 
-def load_reference(name: str) -> ImageReference:
+def load_tiled_reference(name: str) -> ImageReference:
+    """Return the arrays of a case of `TILED_CASES`; pixels are (views, 3, size, size)."""
+    return load_reference(name, tuple(dict.fromkeys(TILED_IMAGES)))
+
+
+def load_reference(name: str, images: tuple[str, ...] = IMAGES) -> ImageReference:
     """Return the arrays of a case."""
     with np.load(REFERENCES / name / "reference.npz") as arrays:
         return ImageReference(
-            {image: arrays[f"pixels_{image}"] for image in IMAGES},
-            {image: arrays[f"rows_{image}"] for image in IMAGES},
+            {image: arrays[f"pixels_{image}"] for image in images},
+            {image: arrays[f"rows_{image}"] for image in images},
             arrays["token_ids"].tolist(),
             arrays["logits"],
             arrays["greedy_tokens"].tolist(),

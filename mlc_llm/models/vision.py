@@ -18,7 +18,7 @@ IMAGE_ENTRY = "embed_image"
 
 
 class VisionLM(CausalLM):
-    """A decoder as `language_model`, and rows of images in place of some of its tokens.
+    """A decoder, `text`, and rows of images in place of some of its tokens.
 
     Subclasses add what sees: `image_inputs` and `embed_image`.
     """
@@ -26,25 +26,30 @@ class VisionLM(CausalLM):
     language_model: DecoderLM
 
     @property
+    def text(self) -> DecoderLM:
+        """Return the decoder: `language_model`, in models that have it apart."""
+        return self.language_model
+
+    @property
     def image_inputs(self) -> ImageInputs:
         """Return what images the model takes."""
         raise NotImplementedError
 
     def embed_image(self, pixels: nn.Tensor) -> nn.Tensor:
-        """Return the rows (num_rows, hidden) float32 of an image (3, size, size) float32."""
+        """Return the rows (num_rows, hidden) float32 of a view (3, size, size) float32."""
         raise NotImplementedError
 
     def hidden_states(self, token_ids: nn.Tensor, kv: PagedKV) -> nn.Tensor:
         """Embed the tokens (n) of a step without images and run all layers."""
-        return self.language_model.hidden_states(token_ids, kv)
+        return self.text.hidden_states(token_ids, kv)
 
     def final_norm(self, hidden: nn.Tensor) -> nn.Tensor | Rows:
         """Normalise rows (r, hidden) for the output layer."""
-        return self.language_model.final_norm(hidden)
+        return self.text.final_norm(hidden)
 
     def logits(self, rows: nn.Tensor | Rows) -> nn.Tensor:
         """Return (r, vocab) float32 for rows after the final norm."""
-        return self.language_model.logits(rows)
+        return self.text.logits(rows)
 
     def forward_with_images(
         self,
@@ -64,9 +69,9 @@ class VisionLM(CausalLM):
         image_rows: (n) int32, -1 for text, else a row of image_embeds (m, hidden) float32.
         """
         kv = self._paged_kv(positions, query_start, slots, page_table, context_len, kv_pages)
-        text = self.language_model.embed(token_ids)
+        text = self.text.embed(token_ids)
         mixed = image_ops.put_image_rows(text, image_rows, image_embeds)
-        hidden = self.language_model.decoder(mixed, kv)
+        hidden = self.text.decoder(mixed, kv)
         return self.logits(self.final_norm(ops.take_rows(hidden, logit_rows))), kv.pages
 
     def entry_specs(self, task: str) -> dict[str, Any]:

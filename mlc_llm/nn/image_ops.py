@@ -57,6 +57,18 @@ def whole_sequence(pixels: nn.Tensor, num_tokens: int, shape: AttentionShape) ->
     )
 
 
+def merge_patches(states: nn.Tensor, first_mark: nn.Tensor, second_mark: nn.Tensor) -> nn.Tensor:
+    """Return squares of four patches each as rows, and two marks after them.
+
+    states: (patches + 1, width) float32, a class token before a square of patches; marks have
+    4 * width items -> (patches / 4 + 2, 4 * width) float32.
+    """
+    count, width = (int(extent) for extent in states.shape)
+    marks = [nn.op.reshape(mark, (4 * width,)) for mark in (first_mark, second_mark)]
+    kernel = kernel_of(kernels.merge_patches, count - 1, width, first_mark.dtype)
+    return emit("merge_patches", kernel, [states, *marks], [(count - 1) // 4 + 2, 4 * width])
+
+
 def put_image_rows(x: nn.Tensor, image_rows: nn.Tensor, images: nn.Tensor) -> nn.Tensor:
     """Return x (n, width) float32 with rows replaced by those of images (m, width) float32.
 

@@ -232,3 +232,8 @@ def test_models_that_see_say_what(run: Run) -> None:
     assert run("show", str(path), "--json").json["images"] == {"size": 30, "num_rows": 9}
     lines = run("show", str(path)).out.splitlines()
     assert "images        30 x 30 pixels, 9 tokens each" in lines
+    path = path.with_name("phi3_v")
+    facts = run("show", str(path), "--json").json["images"]
+    assert facts == {"size": 24, "num_rows": 85, "max_tiles": 6}
+    lines = run("show", str(path)).out.splitlines()
+    assert "images        up to 6 tiles of 24 x 24 pixels, up to 85 tokens" in lines

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from tvm.script import tirx as T
@@ -86,6 +87,41 @@ def clear_pages(image_size: int, shape: tuple[int, ...]) -> Any:
                 )
 
     return clear_pages_kernel
+
+
+def merge_patches(num_patches: int, width: int, dtype: str) -> Any:
+    """Join each two by two neighbouring patches in a row, without the class token.
+
+    states (num_patches + 1, width) float32, two marks (4 * width) of `dtype` -> (num_patches / 4
+    + 2, 4 * width) float32: upper left, upper right, lower left, lower right; the marks are last.
+    """
+    across = math.isqrt(num_patches)
+    half, count = across // 2, num_patches // 4
+
+    @T.prim_func(private=True, s_tir=True)
+    def merge_patches_kernel(
+        states_handle: T.handle,
+        first_handle: T.handle,
+        second_handle: T.handle,
+        out_handle: T.handle,
+    ) -> None:
+        T.func_attr({"tirx.noalias": True})
+        states = T.match_buffer(states_handle, (num_patches + 1, width), "float32")
+        first = T.match_buffer(first_handle, (4 * width,), dtype)
+        second = T.match_buffer(second_handle, (4 * width,), dtype)
+        out = T.match_buffer(out_handle, (count + 2, 4 * width), "float32")
+        for row in T.serial(count):
+            for part in T.serial(4):
+                for i in T.serial(width):
+                    out[row, part * width + i] = states[
+                        1 + (row // half * 2 + part // 2) * across + row % half * 2 + part % 2,
+                        i,
+                    ]
+        for i in T.serial(4 * width):
+            out[count, i] = T.Cast("float32", first[i])
+            out[count + 1, i] = T.Cast("float32", second[i])
+
+    return merge_patches_kernel
 
 
 def put_image_rows(width: int) -> Any:
