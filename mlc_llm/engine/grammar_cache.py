@@ -58,7 +58,12 @@ class GrammarCache:
         self._executor().submit(self._reader.start)
 
     async def compile_soon(self, spec: GrammarSpec) -> CompiledGrammar:
-        """Return what `compile` does, without holding up the event loop."""
+        """Return what `compile` does, without holding up the event loop.
+
+        What is known already does not wait for others that are being compiled.
+        """
+        if self._find(_key_of(spec)) is not None:
+            return self.compile(spec)
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._executor(), self.compile, spec)
 
@@ -67,11 +72,8 @@ class GrammarCache:
 
         Raises RequestError for what is wrong with it, what is not supported and what is too much.
         """
-        key = (spec.kind, spec.source, spec.continues_text or spec.starts_after is not None)
-        with self._lock:
-            known = self._entries.get(key)
-            if known is not None:
-                self._entries.move_to_end(key)
+        key = _key_of(spec)
+        known = self._find(key)
         if known is None:
             known = self._read(key)
         if isinstance(known, str):
@@ -84,6 +86,13 @@ class GrammarCache:
         if self._thread is not None:
             self._thread.shutdown(wait=False, cancel_futures=True)
         self._reader.close()
+
+    def _find(self, key: _Key) -> LLMatcher | str | None:
+        with self._lock:
+            known = self._entries.get(key)
+            if known is not None:
+                self._entries.move_to_end(key)
+            return known
 
     def _executor(self) -> ThreadPoolExecutor:
         with self._lock:
@@ -108,3 +117,8 @@ class GrammarCache:
                 (_, source, _), _ = self._entries.popitem(last=False)
                 self._num_chars -= len(source)
         return entry
+
+
+def _key_of(spec: GrammarSpec) -> _Key:
+    """Return what makes a difference to what is compiled."""
+    return (spec.kind, spec.source, spec.continues_text or spec.starts_after is not None)

@@ -6,10 +6,11 @@ know steps, nor how grammars are written.
 
 from __future__ import annotations
 
+import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -59,7 +60,7 @@ class SequenceGrammar:
         self._mask: _Mask | None = None  # None: to be computed
         self._last_mask: _Mask | None = None
         self._last_words = self._words[:0]
-        self._computing: Future[None] | None = None
+        self._computing: _Job | None = None
 
     @property
     def is_finished(self) -> bool:
@@ -73,7 +74,7 @@ class SequenceGrammar:
         """Return whether a mask is to be computed before the next token can be chosen."""
         return self._mask is None and not self._is_waiting and not self.forced
 
-    def note_computing(self, computing: Future[None]) -> None:
+    def note_computing(self, computing: _Job) -> None:
         """Take note of who computes the next mask."""
         self._computing = computing
 
@@ -113,7 +114,7 @@ class SequenceGrammar:
             logits[self._stop_ids] = self._forbidden_logit
             return True
         if self._computing is not None:
-            self._computing.result()
+            self._computing.wait()
             self._computing = None
         self.compute_mask()
         self._check()
@@ -228,26 +229,33 @@ class MaskThreads:
     """The threads that compute masks; they start with the first mask."""
 
     def __init__(self) -> None:
-        self._executor: ThreadPoolExecutor | None = None
+        self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
+        self._threads: list[threading.Thread] = []
 
     def start(self, works: Iterable[Work]) -> None:
         """Compute the masks that the next tokens of a step need, while the caller runs it."""
         missing = [grammar for grammar in _chosen_by(works) if grammar.needs_mask]
         if not missing:
             return
-        if self._executor is None:
-            self._executor = ThreadPoolExecutor(_NUM_THREADS, "mlc_llm masks")
         for first in range(min(_NUM_THREADS, len(missing))):
-            share = missing[first::_NUM_THREADS]
-            computing = self._executor.submit(_compute, share)
-            for grammar in share:
-                grammar.note_computing(computing)
+            job = _Job(missing[first::_NUM_THREADS])
+            for grammar in job.grammars:
+                grammar.note_computing(job)
+            if first == len(self._threads):
+                thread = threading.Thread(
+                    target=_run, args=(self._jobs,), name="mlc_llm masks", daemon=True
+                )
+                self._threads.append(thread)
+                thread.start()
+            self._jobs.put(job)
 
     def close(self) -> None:
         """End the threads."""
-        if self._executor is not None:
-            self._executor.shutdown()
-            self._executor = None
+        for _ in self._threads:
+            self._jobs.put(None)
+        for thread in self._threads:
+            thread.join()
+        self._threads = []
 
 
 def _chosen_by(works: Iterable[Work]) -> Iterator[SequenceGrammar]:
@@ -259,6 +267,32 @@ def _chosen_by(works: Iterable[Work]) -> Iterator[SequenceGrammar]:
                     yield sequence.sampler.grammar
 
 
-def _compute(grammars: Sequence[SequenceGrammar]) -> None:
-    for grammar in grammars:
-        grammar.compute_mask()
+class _Job:
+    """Masks that one thread computes; a step has few, so they cost little to hand over."""
+
+    def __init__(self, grammars: list[SequenceGrammar]) -> None:
+        self.grammars = grammars
+        self._error: BaseException | None = None
+        self._is_running = threading.Lock()
+        self._is_running.acquire()
+
+    def run(self) -> None:
+        """Compute the masks; a failure is that of whoever waits."""
+        try:
+            for grammar in self.grammars:
+                grammar.compute_mask()
+        except BaseException as error:
+            self._error = error
+        finally:
+            self._is_running.release()
+
+    def wait(self) -> None:
+        """Return when the masks are there. Raises what computing them raised."""
+        with self._is_running:
+            if self._error is not None:
+                raise self._error
+
+
+def _run(jobs: SimpleQueue[_Job | None]) -> None:
+    while (job := jobs.get()) is not None:
+        job.run()

@@ -176,14 +176,15 @@ class Sampler:
         """
         raw: dict[int, NDArray[np.float32]] = {}
         ended: dict[int, Sampled] = {}
-        for index, row in enumerate(rows):
-            if row.adjusts:
+        with np.errstate(over="ignore", invalid="ignore"):
+            for index, row in enumerate(rows):
+                if not row.adjusts:
+                    continue
                 if row.params.logprobs is not None:
                     raw[index] = logits[index].copy()
                 try:
-                    with np.errstate(over="ignore", invalid="ignore"):
-                        if not row.adjust(logits[index]):
-                            ended[index] = Sampled(-1, is_end=True)
+                    if not row.adjust(logits[index]):
+                        ended[index] = Sampled(-1, is_end=True)
                 except RequestError as error:
                     ended[index] = Sampled(-1, error=error)
         # A NaN counts as the largest, so that one look at the largest finds it.

@@ -20,16 +20,16 @@ def serve(handle: Handler, memory_limit_bytes: int, greeting: dict[str, Any]) ->
     """Answer requests until the parent closes the pipe.
 
     Each request has a timeout_s, after which the system ends this process should the parent be
-    gone.
+    gone, and maybe a cpu_s, seconds of processor time after which it does so in any case.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
     os.environ.clear()  # access tokens are none of a helper's business
     _limit_process(memory_limit_bytes)
     _write_frame(sys.stdout.buffer, greeting)
     while (request := _read_frame(sys.stdin.buffer)) is not None:
-        _set_alarm(request["timeout_s"] + 1)
+        _set_alarms(request["timeout_s"] + 1, request.get("cpu_s") or 0)
         _write_frame(sys.stdout.buffer, handle(request))
-        _set_alarm(0)
+        _set_alarms(0, 0)
 
 
 def _limit_process(memory_limit_bytes: int) -> None:
@@ -49,10 +49,11 @@ def _limit_process(memory_limit_bytes: int) -> None:
             continue
 
 
-def _set_alarm(seconds: float) -> None:
-    """Let the system end this process after a time; 0 for never."""
+def _set_alarms(seconds: float, cpu_seconds: float) -> None:
+    """Let the system end this process after a time, or so much work; 0 for never."""
     if hasattr(signal, "setitimer"):
         signal.setitimer(signal.ITIMER_REAL, seconds)
+        signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
 
 
 def _read_frame(stream: BinaryIO) -> dict[str, Any] | None:

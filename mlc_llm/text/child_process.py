@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import signal
 import subprocess
 import sys
 import threading
@@ -19,6 +20,8 @@ from typing import IO, Any
 
 # Starting Python is not the doing of what is run, and may take long on a busy machine.
 _START_TIMEOUT_S = 60.0
+# How a process ends that has used up its processor time.
+_OUT_OF_CPU = -signal.SIGPROF if hasattr(signal, "SIGPROF") else None
 _ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -51,13 +54,16 @@ class ChildProcess:
         with self._lock:
             self._running()
 
-    def ask(self, request: dict[str, Any], timeout_s: float) -> dict[str, Any]:
+    def ask(
+        self, request: dict[str, Any], timeout_s: float, cpu_s: float | None = None
+    ) -> dict[str, Any]:
         """Return the reply to a request.
 
-        Raises ChildError, and ValueError, TypeError or RecursionError if JSON cannot say the
-        request.
+        cpu_s: seconds of processor time that it may take, however busy the machine is; only
+        timeout_s counts on systems that cannot tell. Raises ChildError, and ValueError, TypeError
+        or RecursionError if JSON cannot say the request.
         """
-        body = json.dumps({**request, "timeout_s": timeout_s}).encode()
+        body = json.dumps({**request, "timeout_s": timeout_s, "cpu_s": cpu_s}).encode()
         with self._lock:
             try:
                 return self._running().ask(body, timeout_s)
@@ -131,7 +137,10 @@ class _Child:
         if expired.is_set():
             raise ChildOverdue(f"{overdue} {timeout_s:g} s")
         if body is None:
-            raise ChildError(f"its process ended with code {self._process.wait()}")
+            code = self._process.wait()
+            if code == _OUT_OF_CPU:
+                raise ChildOverdue("it took more processor time than it may")
+            raise ChildError(f"its process ended with code {code}")
         reply: dict[str, Any] = json.loads(body)
         return reply
 

@@ -283,7 +283,7 @@ def test_random_schemas_never_raise_anything_else(plain: Model) -> None:
 
 def test_the_reader_goes_on_after_its_process_was_stopped(plain: Model) -> None:
     slow = {"type": "integer", "multipleOf": 999983}
-    with pytest.raises(RequestError, match="takes more than 1 s"):
+    with pytest.raises(RequestError, match="takes too long to read"):
         plain.reader.read("json_schema", json.dumps(slow), False)
     rules = "\n".join(f"r{n}: r{n + 1} r{n + 1}" for n in range(3000))
     with pytest.raises(RequestError, match="nested too deeply"):

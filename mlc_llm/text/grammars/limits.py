@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from llguidance import LLParserLimits
 
-# Seconds in which a grammar must be read; the process that tries it is killed after that.
+# Seconds of processor time that reading a grammar may take; the process that tries it then ends,
+# and however busy the machine is, after so many by the clock.
 TIME_LIMIT_S = 1.0
+CLOCK_LIMIT_S = 10.0
 MEMORY_LIMIT_BYTES = 512 << 20
 # The process reads grammars on a stack much smaller than any other thread's, so that what passes
 # there cannot overflow one here.

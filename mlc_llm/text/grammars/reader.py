@@ -15,7 +15,13 @@ from llguidance import LLMatcher
 
 from mlc_llm.errors import RequestError
 from mlc_llm.text.child_process import ChildError, ChildOverdue, ChildProcess
-from mlc_llm.text.grammars.limits import END_ID, MEMORY_LIMIT_BYTES, TIME_LIMIT_S, parser_limits
+from mlc_llm.text.grammars.limits import (
+    CLOCK_LIMIT_S,
+    END_ID,
+    MEMORY_LIMIT_BYTES,
+    TIME_LIMIT_S,
+    parser_limits,
+)
 from mlc_llm.text.grammars.schema import PARAM
 from mlc_llm.text.grammars.source import join_parts, read_source
 from mlc_llm.text.grammars.vocabulary import GrammarVocabulary
@@ -75,10 +81,11 @@ class GrammarReader:
         # It has another vocabulary, of which the end alone is special.
         tried = grammar if is_ebnf else _TOKEN_ID.sub(f"<[{END_ID}]>", grammar)
         try:
-            reply = self._child.ask({"grammar": tried, "is_ebnf": is_ebnf}, TIME_LIMIT_S)
+            request = {"grammar": tried, "is_ebnf": is_ebnf}
+            reply = self._child.ask(request, CLOCK_LIMIT_S, TIME_LIMIT_S)
         except ChildOverdue:
             raise RequestError(
-                f"the grammar takes more than {TIME_LIMIT_S:g} s to read; make it simpler", PARAM
+                "the grammar takes too long to read; make it simpler", PARAM
             ) from None
         except ChildError:
             raise RequestError(
