@@ -11,11 +11,9 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
-from starlette.exceptions import HTTPException
 
 from mlc_llm.errors import (
     AuthenticationError,
@@ -30,6 +28,9 @@ from mlc_llm.errors import (
     TemplateError,
     UnknownModel,
 )
+
+if TYPE_CHECKING:
+    from fastapi.exceptions import RequestValidationError
 
 _MAX_MESSAGE_LEN = 2000
 _MAX_VALUE_LEN = 80
@@ -158,6 +159,10 @@ def failure_of_status(
 
 def failure_of(error: BaseException) -> Failure:
     """Return what a client is told of an exception; nothing of the inside of unexpected ones."""
+    # Engines in Python import this module, without the server's packages.
+    from fastapi.exceptions import RequestValidationError
+    from starlette.exceptions import HTTPException
+
     if isinstance(error, ValidationError | RequestValidationError):
         error = field_error(error, {})
     if isinstance(error, HTTPException):

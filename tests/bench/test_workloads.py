@@ -94,9 +94,9 @@ def test_steps_bring_every_token_to_its_place(workload: Workload) -> None:
             ).all()
             for page in pages.tolist():
                 assert owner.setdefault(page, sequence) == sequence
-        assert step.state_slots is None
+        assert step.state_slots is None and step.image_rows is None and step.image_embeds is None
         for name, array in vars(step).items():
-            if name == "state_slots":
+            if array is None:
                 continue
             assert array.dtype == np.int32 and array.flags.c_contiguous, name
         end += count

@@ -56,10 +56,10 @@ def test_the_configuration_is_written_with_the_limits_given(  # type: ignore[no-
         ("convert_weight {m} --quantization q0f32 -o {o} --source-format zip", 2, "zip"),
         ("convert_weight {m} --quantization q0f32 -o {o} --model-type mamba", 2, "mamba"),
         ("compile {m} -o {o}/lib.so", 2, "--quantization NAME must be given"),
-        ("compile {m} --quantization q0f32 -o {o}/lib.tar", 2, "lib.tar"),
+        ("compile {m} --quantization q0f32 -o {o}/lib.zip", 2, "lib.zip"),
         ("compile {m}/no --quantization q0f32 -o {o}/lib.so", 1, "does not exist"),
         ("compile {m} --quantization q0f32 -o {o}/lib.so --device znver9", 2, "znver4"),
-        ("compile {m} --quantization q0f32 -o {o}/lib.so --device cuda", 1, "not supported"),
+        ("compile {m} --quantization q0f32 -o {o}/lib.so --device cuda:sm_1", 2, "sm_90"),
         ("compile {m} --quantization q0f32 -o {o}/lib.so --overrides x=1", 2, "unknown key 'x'"),
     ],
 )
