@@ -36,6 +36,8 @@ class CacheEntries:
                 "it is not the usual decoder of attention and feed-forward layers, and GPU "
                 "libraries are made of those only yet"
             )
+        if model.image_inputs is not None:
+            raise UnsupportedModel("it takes images, and GPU libraries take text only yet")
         self.model = model
 
     def embed(self, token_ids: nn.Tensor) -> nn.Tensor:

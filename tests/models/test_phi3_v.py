@@ -26,6 +26,7 @@ from mlc_llm.errors import CorruptFile, RequestError, UnsupportedModel
 from mlc_llm.images.inputs import ImageInputs
 from mlc_llm.images.reader import ImageReader
 from mlc_llm.images.tiles import TileProcessing, arrange, most_rows
+from mlc_llm.models.cache_entries import CacheEntries
 from mlc_llm.models.registry import find_family
 from mlc_llm.runtime.pages import PagePool
 
@@ -212,6 +213,13 @@ def test_what_is_not_supported_is_refused_by_name(
     config = config_of(**changes)
     with pytest.raises(error, match=message):
         find_family(config).config_from_huggingface(config)
+
+
+def test_libraries_for_gpus_are_refused() -> None:
+    family = find_family(config_of())
+    model = family.build(family.config_from_huggingface(config_of()), "float32")
+    with pytest.raises(UnsupportedModel, match="it takes images, and GPU libraries take text only"):
+        CacheEntries(model)
 
 
 def test_images_that_are_too_thin_are_refused() -> None:
