@@ -42,6 +42,7 @@ _X86_FEATURES = {
     "avxvnni": "x86-64-v3",
 }
 _ARM_FEATURES = dict.fromkeys(_ARM_EXTRAS.values(), "aarch64")
+_RISCV_FEATURES = dict.fromkeys("mafdc", "rv64")
 # CPUs by LLVM's names: a level, and the features of ours that all of them have.
 _CPU_NAMES = {
     **dict.fromkeys(("nehalem", "westmere", "sandybridge", "ivybridge"), "x86-64-v2"),
@@ -64,7 +65,7 @@ _CPU_NAMES = {
         "x86-64-v4+avx512vnni+avx512bf16+avx512vbmi+avxvnni",
     ),
     **dict.fromkeys(("cortex-a53", "cortex-a57", "cortex-a72", "cortex-a73"), "aarch64"),
-    "a64fx": "aarch64+fullfp16",
+    **{"a64fx": "aarch64+fullfp16", "riscv64": "rv64+m+a+f+d+c"},
     **dict.fromkeys(
         (
             *("cortex-a55", "cortex-a75", "cortex-a76", "cortex-a78", "cortex-x1"),
@@ -177,6 +178,8 @@ def parse_cpu(text: str, others: Iterable[str] = ()) -> TargetCPU:
     elif level == "aarch64":
         arch, known, isa_level = "aarch64", _ARM_FEATURES, "neon"
         llvm = "apple-m1" if name.startswith("apple-") else "generic"
+    elif level == "rv64":
+        arch, known, isa_level, llvm = "riscv64", _RISCV_FEATURES, "rv64", "generic-rv64"
     else:
         raise OptionError(
             f"device {text!r} is not known; use auto or one of "

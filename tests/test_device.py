@@ -57,6 +57,7 @@ def test_the_cpu_of_this_machine(on, text):
         ("aarch64+dotprod", "aarch64", "generic", ("neon", "dotprod")),
         ("neoverse-n1", "aarch64", "generic", ("neon", "dotprod", "fullfp16")),
         ("apple-m1", "aarch64", "apple-m1", ("neon", "dotprod", "fullfp16")),
+        ("riscv64", "riscv64", "generic-rv64", ("rv64", "m", "a", "f", "d", "c")),
     ],
 )
 def test_names_of_cpus(text, arch, name, isa):
@@ -67,7 +68,7 @@ def test_names_of_cpus(text, arch, name, isa):
 def test_every_name_stands_for_a_cpu():
     assert len(cpu_names()) == len(set(cpu_names())) > 40
     for name in cpu_names():
-        assert parse_cpu(name).arch in ("x86_64", "aarch64")
+        assert parse_cpu(name).arch in ("x86_64", "aarch64", "riscv64")
 
 
 def test_a_host_is_described_as_its_name_is(on):

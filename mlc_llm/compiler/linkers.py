@@ -53,8 +53,8 @@ def _zig_linker(triple: str) -> str | None:
     """Return a program that calls the zig of PyPI as a linker for a triple, None without one."""
     if triple not in _ZIG_TARGETS or importlib.util.find_spec("ziglang") is None:
         return None
-    script = Path(tempfile.mkdtemp(prefix="mlc-llm-zig-")) / "zig-c++"
-    call = f'exec "{sys.executable}" -m ziglang c++ -target {_ZIG_TARGETS[triple]} "$@"'
+    script = Path(tempfile.mkdtemp(prefix="mlc-llm-zig-")) / "zig-cc"
+    call = f'exec "{sys.executable}" -m ziglang cc -target {_ZIG_TARGETS[triple]} "$@"'
     script.write_text(f"#!/bin/sh\n{call}\n")
     script.chmod(0o755)
     return str(script)

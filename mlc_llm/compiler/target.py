@@ -38,13 +38,15 @@ def describe_target(device: str, opt: str, others: Sequence[str] = ()) -> dict[s
     """
     cpu = parse_target(device, others)
     level, activations = parse_opt(opt)
-    target = {
+    target: dict[str, Any] = {
         "kind": "llvm",
         "mtriple": triple_of(cpu),
         "mcpu": cpu.name,
         "mattr": cpu.llvm_features,
         "opt-level": level,
     }
+    if cpu.arch == "riscv64":
+        target["mabi"] = "lp64d"
     return {"target": target, "isa": [cpu.arch, *cpu.isa], "activations": activations}
 
 

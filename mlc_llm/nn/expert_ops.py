@@ -13,6 +13,7 @@ from mlc_llm.kernels.cpu.expert_linear import ExpertShape
 from mlc_llm.kernels.cpu.group_format import GroupFormat
 from mlc_llm.kernels.cpu.routing import Routing
 from mlc_llm.kernels.cpu.vector_math import LANES
+from mlc_llm.nn.kernel_call import require_cpu
 from mlc_llm.nn.ops import (
     Rows,
     emit,
@@ -40,6 +41,7 @@ class Routes:
 
 def route(logits: nn.Tensor, routing_: Routing, bias: nn.Tensor | None = None) -> Routes:
     """Choose experts for logits (n, experts) float32; bias (experts) changes the choice alone."""
+    require_cpu("mixtures of experts")
     n, top_k = logits.shape[0], routing_.top_k
     kernel = kernel_of(routing.route, routing_, None if bias is None else bias.dtype)
     chosen, weights = nn.op.tensor_ir_op(

@@ -154,7 +154,12 @@ def _metadata_of(module: Any, path: Path) -> LibraryMetadata:
 
 
 def _check_isa(metadata: LibraryMetadata, path: Path) -> None:
-    cpu = host_cpu()
+    cpu, kind = host_cpu(), metadata.target.get("kind", "llvm")
+    if kind != "llvm":
+        runs = "in a browser, with web-llm" if kind == "webgpu" else "by programs that know TVM"
+        raise LibraryMismatch(
+            f"{path} was compiled for {kind} and is run {runs}; compile it for this machine's CPU"
+        )
     arch, *needed = metadata.isa
     if arch != cpu.arch:
         raise LibraryMismatch(

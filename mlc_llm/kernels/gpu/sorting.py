@@ -84,7 +84,7 @@ def merge_runs(width: int, run: int) -> Any:
                     # The items before `low` go before x[i], those from `high` on do not.
                     low[0] = T.min(other, width)
                     high[0] = T.min(other + run, width)
-                    for step in T.serial(steps):
+                    for _step in T.serial(steps):
                         if low[0] < high[0]:
                             middle: T.let = (low[0] + high[0]) // 2
                             if x[row, middle] > x[row, i] or (
