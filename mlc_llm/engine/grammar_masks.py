@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from mlc_llm.engine.scheduler import Work
 
 _NUM_THREADS = 2
-# A mask is a list of ids where at most one of so many words of it has a bit of interest.
-_SPARSE = 8
+# A mask is a list of ids where at most one of so many tokens is in it.
+_SPARSE = 32
 # No logit is as large.
 _ANY_LOGIT = np.float32(3e38)
 
@@ -187,13 +187,12 @@ class _Mask:
         cls, words: NDArray[np.uint32], end_id: int, may_end: bool, forbidden: np.float32
     ) -> _Mask:
         """Read a mask of a bit for each token below `end_id`; the bits behind them are 0."""
-        allowed = np.flatnonzero(words != 0)
-        if len(allowed) * _SPARSE < len(words):
-            return cls(may_end, len(allowed) > 0, only=_ids_of(words, allowed))
-        others = ~words
-        places = np.flatnonzero(others != 0)
-        if len(places) * _SPARSE < len(words):
-            ids = _ids_of(others, places)
+        most = end_id // _SPARSE
+        ids = _few_ids(words, most)
+        if ids is not None:
+            return cls(may_end, len(ids) > 0, only=ids)
+        ids = _few_ids(~words, most)
+        if ids is not None:
             return cls(may_end, True, never=ids[: np.searchsorted(ids, end_id)])
         bits = np.unpackbits(words.view(np.uint8), count=end_id, bitorder="little")
         limits = bits.astype(np.float32)
@@ -217,10 +216,15 @@ def _equal(words: NDArray[np.uint32], others: NDArray[np.uint32]) -> bool:
     return len(words) == len(others) and bool((words == others).all())
 
 
-def _ids_of(words: NDArray[np.uint32], places: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return which bits are set, in order; `places` are the words that have any."""
-    bits = np.unpackbits(words[places].view(np.uint8), bitorder="little")
-    found = np.flatnonzero(bits.view(np.bool_))
+def _few_ids(words: NDArray[np.uint32], most: int) -> NDArray[np.int64] | None:
+    """Return which bits are set, in order; None if there are more than `most`, or nearly."""
+    places = np.flatnonzero(words != 0)
+    if 2 * len(places) > len(words):
+        return None
+    bits = np.unpackbits(words[places].view(np.uint8), bitorder="little").view(np.bool_)
+    if np.count_nonzero(bits) > most:
+        return None
+    found = np.flatnonzero(bits)
     ids: NDArray[np.int64] = (places[found >> 5] << 5) + (found & 31)
     return ids
 
