@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata as packages
 from pathlib import Path
@@ -14,6 +14,7 @@ import tvm
 from tvm import relax
 
 from mlc_llm.artifact import ChatConfig, LibraryMetadata, TensorSpec
+from mlc_llm.compiler.browser.limits import check_buffers
 from mlc_llm.compiler.gpu import gpu_phases, temporary_of_all
 from mlc_llm.compiler.output import CompiledModel
 from mlc_llm.compiler.pipeline import PACK_FUNCTION, num_packed, phases, temporary_bytes
@@ -77,6 +78,12 @@ def compile_model(
             f"libraries for embeddings are made for CPUs only, not {options.device}"
         )
 
+    if is_gpu(described["target"]) and scheme.dtype == "bfloat16":
+        raise OptionError(
+            f"quantization {scheme.name} has numbers in bfloat16, which kernels for GPUs do not "
+            "compute in yet; use one of float16 or float32, such as q4f16_1"
+        )
+
     progress("export")
     int8_isa = bf16_isa = None
     if described["activations"] != "float32":
@@ -111,6 +118,9 @@ def _compile_for_gpu(
     """Compile a model's entries over TVM's cache. Raises UnsupportedModel or CompileError."""
     target = tvm.target.Target(described["target"])
     try:
+        if target.kind.name == "webgpu":
+            named = model.named_parameters()
+            check_buffers(specs_of(named), model.kv_layout(), model.config.context_window_size)
         with target:
             mod, parameters = model.export_tvm(CacheEntries(model).export_spec())
     except UnsupportedModel as error:
@@ -196,10 +206,7 @@ def describe(
         prefill_chunk_size=shape.prefill_chunk_size,
         max_batch_size=shape.max_batch_size,
         vocab_size=shape.vocab_size,
-        params=[
-            TensorSpec(name, tuple(int(extent) for extent in tensor.shape), str(tensor.dtype))
-            for name, tensor in parameters
-        ],
+        params=specs_of(parameters),
         kv_cache=model.kv_layout(),
         states=model.state_specs(),
         memory_usage=temporary,
@@ -213,6 +220,14 @@ def describe(
         lookup_tables=lookup_tables(model, task),
         images=None if model.image_inputs is None else model.image_inputs.to_json(),
     )
+
+
+def specs_of(parameters: Iterable[tuple[str, Any]]) -> list[TensorSpec]:
+    """Return the names, shapes and dtypes of parameters, which are names and tensors."""
+    return [
+        TensorSpec(name, tuple(int(extent) for extent in tensor.shape), str(tensor.dtype))
+        for name, tensor in parameters
+    ]
 
 
 def _constant_function(text: str) -> Any:
@@ -229,7 +244,7 @@ def _stage_errors(stage: str) -> Any:
     """Turn a failure inside the compiler into a CompileError that names the stage."""
     try:
         yield
-    except (RuntimeError, ValueError, TypeError) as error:
+    except (RuntimeError, ValueError, TypeError, AssertionError) as error:
         summary = str(error).strip().splitlines()[-1] if str(error).strip() else repr(error)
         logger.debug("%s failed", stage, exc_info=True)
         raise CompileError(

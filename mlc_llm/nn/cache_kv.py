@@ -78,8 +78,21 @@ def create_cache(
     """Return a new cache; shape: heads, KV heads and head_dim of every layer's attention.
 
     limits: sequences, tokens in all, tokens of a step, tokens of a page, and whether the window
-    slides (0 or 1).
+    slides (0 or 1). Raises UnsupportedModel.
     """
+    heads, kv_heads, head_dim = shape
+    try:
+        return _create_cache(limits, num_layers, shape, dtype)
+    except AssertionError as error:
+        raise UnsupportedModel(
+            f"its attention, {heads} heads of {head_dim} items over {kv_heads} of keys, does not "
+            f"fit the kernels of TVM's cache ({error})"
+        ) from None
+
+
+def _create_cache(
+    limits: list[tvm.tirx.Var], num_layers: int, shape: tuple[int, int, int], dtype: str
+) -> PagedKVCache:
     heads, kv_heads, head_dim = shape
     return TIRPagedKVCache(
         "mha",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.machinery
 import importlib.util
 import json
@@ -14,9 +15,10 @@ from typing import Any
 
 import pytest
 
-from mlc_llm.artifact import read_chat_config
+from mlc_llm.artifact import KVCacheLayout, TensorSpec, read_chat_config
 from mlc_llm.compiler import linkers
 from mlc_llm.compiler.browser import emscripten
+from mlc_llm.compiler.browser.limits import check_buffers
 from mlc_llm.compiler.gpu_targets import CUDA_ARCHITECTURES, gpu_target
 from mlc_llm.compiler.target import check_form, describe_any_target, forms_of
 from mlc_llm.errors import (
@@ -181,12 +183,29 @@ def test_settings_without_effect_are_refused(opt) -> None:
     [
         ("mixtral", "q4f16_1", "mixtral for webgpu: its layers need 'mixtures of experts'.*webgpu"),
         ("gemma2", "q4f16_1", "gemma2 for webgpu: its attention has soft-capped scores"),
-        ("gpt2", "q4f16_1", "gpt2 for webgpu: "),
+        ("gpt2", "q4f16_1", "gpt2 for webgpu: it is not the usual decoder"),
+        ("baichuan2", "q4f16_1", "its attention, .* does not fit the kernels of TVM's cache"),
     ],
 )
 def test_models_are_refused_by_name(tiny_models, model, quantization, message) -> None:
     with pytest.raises(UnsupportedModel, match=message):
         compile_for(tiny_models.artifact(model, quantization), "webgpu")
+
+
+def test_numbers_that_gpus_lack_are_refused(tiny_models) -> None:
+    with pytest.raises(OptionError, match=r"q4bf16_1 has numbers in bfloat16.*q4f16_1"):
+        compile_for(tiny_models.artifact("llama_gqa", "q4bf16_1"), "webgpu")
+
+
+def test_what_buffers_cannot_hold_is_refused(tiny_models) -> None:
+    artifact = tiny_models.artifact("llama_gqa", "q4f16_1")
+    with pytest.raises(OptionError, match=r"context_window_size=100000000 takes .* use [0-9]+ or"):
+        compile_for(artifact, "webgpu", overrides={"context_window_size": 100_000_000})
+    layout = KVCacheLayout(1, 1, 64, 16, "float16")
+    huge = TensorSpec("lm_head.weight", (262_144, 4096), "float16")
+    with pytest.raises(UnsupportedModel, match=r"lm_head.weight has 2,048 MiB, and .* 1,024 MiB"):
+        check_buffers([huge], layout, 4096)
+    check_buffers([dataclasses.replace(huge, shape=(131_072, 4096))], layout, 4096)
 
 
 def test_embeddings_are_refused(tiny_models) -> None:
