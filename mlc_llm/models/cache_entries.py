@@ -38,6 +38,8 @@ class CacheEntries:
             )
         if model.image_inputs is not None:
             raise UnsupportedModel("it takes images, and GPU libraries take text only yet")
+        if model.state_specs():
+            raise UnsupportedModel("it has recurrent state, which GPU libraries do not hold yet")
         self.model = model
 
     def embed(self, token_ids: nn.Tensor) -> nn.Tensor:

@@ -184,6 +184,7 @@ def test_settings_without_effect_are_refused(opt) -> None:
         ("mixtral", "q4f16_1", "mixtral for webgpu: its layers need 'mixtures of experts'.*webgpu"),
         ("gemma2", "q4f16_1", "gemma2 for webgpu: its attention has soft-capped scores"),
         ("gpt2", "q4f16_1", "gpt2 for webgpu: it is not the usual decoder"),
+        ("qwen3_5", "q4f16_1", "qwen3_5_text for webgpu: it has recurrent state"),
         ("baichuan2", "q4f16_1", "its attention, .* does not fit the kernels of TVM's cache"),
     ],
 )
