@@ -202,8 +202,9 @@ def answer(
     while model.engine.has_work:
         outputs = [output for output in model.engine.step() if output.token_id is not None]
         if start is None:
-            # The prompts are not counted.
+            # The prompts are not counted; what was forced at once is still to be computed.
             if len(outputs) >= len(specs):
+                num_made = len(outputs) - len(specs)
                 start, start_cpu = time.perf_counter(), time.process_time()
             continue
         num_made += len(outputs)
