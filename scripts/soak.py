@@ -37,8 +37,11 @@ NUM_SEQUENCES = 6
 MAX_QUEUED = 8
 CACHE_TOKENS = 4096
 STUCK_S = 90.0
-# Memory settles after about as many actions, however long they take.
-WARM_UP_ACTIONS = 400
+# The server is warm after so many actions at least, however long they take, and when memory has
+# not reached a new height in the last third of them; memory that never settles is a failure.
+MIN_WARM_UP_ACTIONS, MAX_WARM_UP_ACTIONS = 450, 3000
+MAX_WARM_UP_S = 600.0
+MAX_SETTLED_GROWTH = 0.01
 WARM_UP_PROMPTS = 6  # of at least 800 tokens: more than the cache holds
 SERVER = (
     *("serve", "--port", "0", "--mode", "server", "--max-queued-requests", str(MAX_QUEUED)),
@@ -325,6 +328,12 @@ def growth(samples: list[float]) -> float:
     return max(levels) / levels[0] - 1
 
 
+def has_settled(samples: list[float]) -> bool:
+    """Return whether evenly spaced samples have no new height in their last third."""
+    first = 2 * len(samples) // 3
+    return first > 0 and max(samples[first:]) <= (1 + MAX_SETTLED_GROWTH) * max(samples[:first])
+
+
 async def soak(url: str, process_id: int, seconds: float, seed: int) -> list[str]:
     """Load the server at `url`; return what went wrong."""
     rng = random.Random(seed)
@@ -352,9 +361,21 @@ async def soak(url: str, process_id: int, seconds: float, seed: int) -> list[str
     async def act_together(goes_on: Callable[[], bool], is_warm: bool) -> None:
         await asyncio.gather(*(act_while(goes_on, is_warm) for _ in range(NUM_CLIENTS)))
 
-    await act_together(lambda: outcomes.total() < WARM_UP_ACTIONS, is_warm=False)
+    heights: list[float] = []  # once an action
+    deadline = start + MAX_WARM_UP_S
+
+    def is_cold() -> bool:
+        heights.append(memory_mib(process_id))
+        if outcomes.total() < MIN_WARM_UP_ACTIONS:
+            return True
+        is_over = outcomes.total() > MAX_WARM_UP_ACTIONS or time.monotonic() > deadline
+        return not (is_over or has_settled(heights))
+
+    await act_together(is_cold, is_warm=False)
     warm = time.monotonic()
-    print(f"{warm - start:6.0f} s  {memory_mib(process_id):6.0f} MiB  warm")
+    print(f"{warm - start:6.0f} s  {memory_mib(process_id):6.0f} MiB  warm", flush=True)
+    if not has_settled(heights):
+        problems.append(f"memory has not settled after {outcomes.total()} actions")
     end = warm + seconds
 
     async def watch() -> None:

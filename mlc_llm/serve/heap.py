@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import resource
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +14,7 @@ _SETTINGS = (
     (-1, 16 << 20),  # M_TRIM_THRESHOLD
 )
 _STATUS = Path("/proc/self/statm")
-# Memory is looked at so often, and gaps are given back once it has grown so much.
 _INTERVAL_S = 5.0
-_GROWTH_BYTES = 8 << 20
 
 
 def return_freed_memory() -> bool:
@@ -40,10 +37,16 @@ def return_freed_memory() -> bool:
 
 
 def _give_back_gaps(trim: Callable[[int], int]) -> None:
-    """Give back whole pages between what stays, which only `malloc_trim` does (below 10 ms)."""
-    page_bytes = resource.getpagesize()
-    level = 0
+    """Give back whole pages between what stays, which only `malloc_trim` does.
+
+    It takes a millisecond, 8 where there is much to give back. An idle process is left alone.
+    """
+    level = ""
     while not threading.Event().wait(_INTERVAL_S):
-        if int(_STATUS.read_text().split()[1]) * page_bytes > level + _GROWTH_BYTES:
+        if _resident() != level:
             trim(0)
-            level = int(_STATUS.read_text().split()[1]) * page_bytes
+            level = _resident()
+
+
+def _resident() -> str:
+    return _STATUS.read_text().split()[1]  # pages

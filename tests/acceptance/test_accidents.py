@@ -68,10 +68,15 @@ def wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:
         time.sleep(0.005)
 
 
+def take_interrupts() -> None:
+    """Undo what shells do to their background jobs, which ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_interrupted_conversion(program: Program, long_work: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     command = ("convert_weight", long_work, "--quantization", "q4f16_1", "-o", output)
-    process = program.start(*command, stderr=subprocess.PIPE)
+    process = program.start(*command, stderr=subprocess.PIPE, preexec_fn=take_interrupts)
     with process:
         first = output / ".convert" / "params_shard_0.bin"
         wait_for(first, process)

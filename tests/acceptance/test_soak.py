@@ -32,6 +32,14 @@ def test_a_leak_is_seen_and_a_peak_is_not(soak: ModuleType) -> None:
     assert soak.growth([500.0]) == 0
 
 
+def test_memory_that_rises_does_not_settle(soak: ModuleType) -> None:
+    rising = [300.0 + number for number in range(300)]
+    assert not soak.has_settled(rising)
+    assert soak.has_settled([*rising, *([600.0] * 700)])
+    assert not soak.has_settled([300.0])
+
+
+@pytest.mark.timeout(1000)
 @pytest.mark.cpu
 @pytest.mark.weights
 def test_a_server_stays_as_it_was(program: Program, demo_gguf: Path) -> None:
@@ -42,7 +50,7 @@ def test_a_server_stays_as_it_was(program: Program, demo_gguf: Path) -> None:
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=900,
     )
     assert run.returncode == 0, run.stdout + run.stderr
     assert run.stdout.endswith("passed\n")
