@@ -302,8 +302,7 @@ class Engine:
     ) -> list[Sampled]:
         if not rows:
             return []
-        indices = [row for _, row in rows]
-        if indices != list(range(len(logits))):
+        if (indices := [row for _, row in rows]) != list(range(len(logits))):
             logits = logits[indices]
         return self._sampler.sample(logits, [sequence.sampler for sequence, _ in rows])
 
@@ -324,7 +323,10 @@ class Engine:
         if grammar is None or request.params.logprobs is not None:
             return
         while grammar.forced and not sequence.is_finished:
-            self._append(sequence, grammar.forced[0], None, now, outputs)
+            if grammar.forced[0] in request.stop_token_ids:
+                self._finish(sequence, "stop", outputs)
+            else:
+                self._append(sequence, grammar.forced[0], None, now, outputs)
 
     def _append(
         self,

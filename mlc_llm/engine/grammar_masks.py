@@ -42,7 +42,7 @@ class SequenceGrammar:
         stop_token_ids: Iterable[int],
         forbidden_logit: np.float32,
     ) -> None:
-        """stop_token_ids may be chosen where the grammar allows an end, and nowhere else."""
+        """stop_token_ids may be chosen where the grammar allows an end or names them itself."""
         vocabulary = compiled.vocabulary
         self.forced: deque[int] = deque()
         self._matcher = compiled.matcher.deep_copy()
@@ -56,7 +56,12 @@ class SequenceGrammar:
         self._tail = b""
         self._error: str | None = None
         self._words = np.zeros(-(-vocabulary.size // 32), np.uint32)
-        self._stop_words = self._stop_ids >> 5
+        # Special tokens are in a mask only where the grammar names them.
+        self._text_stops = [
+            (int(token) >> 5, ~np.uint32(1 << (int(token) & 31)))
+            for token in self._stop_ids
+            if not vocabulary.is_special(int(token))
+        ]
         self._mask: _Mask | None = None  # None: to be computed
         self._last_mask: _Mask | None = None
         self._last_words = self._words[:0]
@@ -89,8 +94,8 @@ class SequenceGrammar:
         end_id = self._vocabulary.end_id
         may_end = bool(self._words[end_id >> 5] >> np.uint32(end_id & 31) & 1)
         self._words[end_id >> 5] &= ~np.uint32(1 << (end_id & 31))
-        for token, word in zip(self._stop_ids, self._stop_words, strict=True):
-            self._words[word] &= ~np.uint32(1 << (int(token) & 31))
+        for word, kept in self._text_stops:
+            self._words[word] &= kept
         # Inside of a text one place is mostly like the one before.
         last = self._last_mask
         if last is None or last.may_end != may_end or not _equal(self._words, self._last_words):

@@ -220,6 +220,17 @@ def test_own_stop_tokens_are_no_part_of_a_text(grammars: GrammarCache) -> None:
         assert len(answers.text("a", index)) == 8 and "4" not in answers.text("a", index)
 
 
+@pytest.mark.parametrize("logprobs", [None, 1])
+def test_a_stop_token_that_the_grammar_names_ends_the_text(
+    grammars: GrammarCache, logprobs: int | None
+) -> None:
+    spec = GrammarSpec("lark", f'start: /[ab]{{3}}/ ("!" | "hello") <[{EOS}]> "never said"')
+    answers = run(make_engine(grammars), ask("a", spec, n=6, logprobs=logprobs))
+    for index in range(6):
+        assert answers.text("a", index)[3:] in ("!", "hello"), answers.text("a", index)
+        assert answers.end("a", index) == "stop"
+
+
 def test_grammar_waits_for_the_end_of_reasoning(grammars: GrammarCache) -> None:
     def logits(tokens: list[int]) -> Logits:
         said = TOKENIZER.decode(tokens)

@@ -139,7 +139,7 @@ def test_top_p_of_nothing_takes_the_likeliest(runner, logits) -> None:
 
 def test_no_draw_takes_what_a_grammar_forbids(runner: KernelRunner) -> None:
     """However likely the rest, and whatever the settings: 2,000 draws from three tokens of many."""
-    vocabulary = SimpleNamespace(end_id=VOCAB, size=VOCAB + 1)
+    vocabulary = SimpleNamespace(end_id=VOCAB, size=VOCAB + 1, is_special=lambda token: False)
     allowed = [5, 500, VOCAB - 1]
     rng = np.random.default_rng(1)
     seen: Counter[int] = Counter()

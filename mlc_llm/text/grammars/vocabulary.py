@@ -59,6 +59,10 @@ class GrammarVocabulary:
         """Return the bytes of a token; special ones have those of their spelling."""
         return self._bytes[token_id]
 
+    def is_special(self, token_id: int) -> bool:
+        """Say whether only grammars that name a token allow it."""
+        return token_id in self._special_ids
+
     def encode(self, text: str) -> list[int]:
         """Return tokens whose bytes are exactly the text's, special ones left out."""
         wanted = text.encode()
