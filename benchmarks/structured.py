@@ -226,9 +226,10 @@ def measure_throughput(model: OpenModel, batches: list[int], rounds: int, num_to
         runs: dict[str, list[tuple[float, float]]] = {name: [] for name in kinds}
         for spec in kinds.values():
             answer(model, [spec] * batch, 16)
+        turns = random.Random(1)
         for _ in range(rounds):
-            for name, spec in kinds.items():
-                runs[name].append(answer(model, [spec] * batch, num_tokens))
+            for name in turns.sample(list(kinds), len(kinds)):
+                runs[name].append(answer(model, [kinds[name]] * batch, num_tokens))
 
         def middle(name: str, runs: Any = runs) -> str:
             return f"{statistics.median(speed for speed, _ in runs[name]):.0f} tok/s"

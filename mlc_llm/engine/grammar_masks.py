@@ -56,6 +56,7 @@ class SequenceGrammar:
         self._tail = b""
         self._error: str | None = None
         self._words = np.zeros(-(-vocabulary.size // 32), np.uint32)
+        self._words_memory = (self._words.ctypes.data, self._words.nbytes)
         # Special tokens are in a mask only where the grammar names them.
         self._text_stops = [
             (int(token) >> 5, ~np.uint32(1 << (int(token) & 31)))
@@ -87,13 +88,15 @@ class SequenceGrammar:
         """Find out which tokens may come next; takes no lock of Python's for the most of it."""
         if not self.needs_mask:
             return
-        self._matcher.unsafe_compute_mask_ptr(self._words.ctypes.data, self._words.nbytes)
+        self._matcher.unsafe_compute_mask_ptr(*self._words_memory)
         if self._matcher.is_error():
             self._error = self._matcher.get_error()
             return
         end_id = self._vocabulary.end_id
-        may_end = bool(self._words[end_id >> 5] >> np.uint32(end_id & 31) & 1)
-        self._words[end_id >> 5] &= ~np.uint32(1 << (end_id & 31))
+        word, end_bit = int(self._words[end_id >> 5]), 1 << (end_id & 31)
+        may_end = word & end_bit != 0
+        if may_end:
+            self._words[end_id >> 5] = word & ~end_bit
         for word, kept in self._text_stops:
             self._words[word] &= kept
         # Inside of a text one place is mostly like the one before.
