@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import openai
 import pytest
 from safetensors.numpy import load_file, save_file
 
@@ -277,7 +278,6 @@ def test_the_engine_of_the_readme(
 
 
 def test_a_server_as_a_child_process(home: Path, stories260k: Path) -> None:
-    openai = pytest.importorskip("openai")
     port = free_port()
     arguments = ["--quantization", "q0f32", "--embedding-model", str(stories260k)]
     with PopenServer(str(stories260k), port=port, arguments=arguments) as server:

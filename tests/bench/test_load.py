@@ -133,7 +133,6 @@ def test_notes_say_what_to_be_careful_about() -> None:
 
 
 def test_a_picture_is_drawn(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     results = [make_result(), Result(Load(1, None, Bounds(1, None)), Run([], 1.0, 0))]
     assert points(results) == [(375.0, 3.0, "4 clients")]
     for chosen in (results, results[1:]):

@@ -57,7 +57,6 @@ def test_a_context_sweep_and_a_prefill_alone_are_one_panel_each() -> None:
 
 
 def test_a_png_is_drawn(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     path = tmp_path / "out.png"
     draw(make_report(make_prefill(), make_decode(), make_decode(context=64)), path)
     assert path.read_bytes().startswith(b"\x89PNG")

@@ -40,7 +40,6 @@ def test_figures_are_written(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 
 def test_a_picture_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("matplotlib")
     path = tmp_path / "out.png"
     with FakeOpenAI() as fake:
         assert main(["bench", "serve", fake.url, *FEW, "--plot", str(path)]) == 0
