@@ -101,10 +101,7 @@ class ShardWriter:
         if all(other.name in self._arrays for other in self._shards[number]):
             arrays = [self._arrays.pop(other.name) for other in self._shards[number]]
             with _storage_errors(self._output):
-                self._md5[self._names[number]] = _write_shard(
-                    self._work / self._names[number], arrays
-                )
-                self._write_journal()
+                self._write_shard(self._names[number], arrays)
 
     def publish(self, metadata: dict[str, Any]) -> None:
         """Move the shards into the output and write the index. Raises StorageError."""
@@ -122,6 +119,18 @@ class ShardWriter:
                     os.replace(self._work / name, self._output / name)
             write_atomically(self._output / TENSOR_INDEX_NAMES[0], index + "\n")
             shutil.rmtree(self._work)
+
+    def _write_shard(self, name: str, arrays: Sequence[NDArray[Any]]) -> None:
+        """Write arrays one after the other, whole or not at all, and enter the shard's MD5."""
+        path = self._work / name
+        temporary = path.with_suffix(".tmp")
+        try:
+            self._md5[name] = _write_arrays(temporary, arrays)
+            # The journal first: a shard that is seen is never one that the next run writes again.
+            self._write_journal()
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def _index_records(self) -> list[dict[str, Any]]:
         shards = []
@@ -194,21 +203,16 @@ class ShardWriter:
             )
 
 
-def _write_shard(path: Path, arrays: Sequence[NDArray[Any]]) -> str:
-    """Write arrays one after the other, whole or not at all; return the MD5 of the file."""
+def _write_arrays(path: Path, arrays: Sequence[NDArray[Any]]) -> str:
+    """Write arrays one after the other; return the MD5 of the file."""
     digest = hashlib.md5(usedforsecurity=False)
-    temporary = path.with_suffix(".tmp")
-    try:
-        with temporary.open("wb") as stream:
-            for array in arrays:
-                raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-                for start in range(0, len(raw), _PIECE_BYTES):
-                    piece = raw[start : start + _PIECE_BYTES].data
-                    digest.update(piece)
-                    stream.write(piece)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with path.open("wb") as stream:
+        for array in arrays:
+            raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+            for start in range(0, len(raw), _PIECE_BYTES):
+                piece = raw[start : start + _PIECE_BYTES].data
+                digest.update(piece)
+                stream.write(piece)
     return digest.hexdigest()
 
 

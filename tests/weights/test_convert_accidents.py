@@ -105,6 +105,27 @@ def test_interrupted_while_publishing(model, tmp_path, small_shards, monkeypatch
     check_complete(model, output)
 
 
+def test_interrupted_when_a_shard_is_first_seen(model, tmp_path, small_shards, monkeypatch):
+    output = tmp_path / "out"
+    shard = output / WORK_NAME / "params_shard_0.bin"
+    replace = os.replace
+
+    def stop_after_the_shard(source, target):
+        replace(source, target)
+        if pathlib.Path(target) == shard:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("mlc_llm.weights.shards.os.replace", stop_after_the_shard)
+    with pytest.raises(KeyboardInterrupt):
+        convert(model.plan, model.source(), output, quiet)
+    monkeypatch.setattr("mlc_llm.weights.shards.os.replace", replace)
+    seen = shard.stat()
+    convert(model.plan, model.source(), output, quiet)
+    kept = (output / shard.name).stat()
+    assert (kept.st_ino, kept.st_mtime_ns) == (seen.st_ino, seen.st_mtime_ns)
+    check_complete(model, output)
+
+
 def test_an_older_artifact_stays_whole_until_the_end(model, tmp_path, small_shards):
     output = tmp_path / "out"
     convert(model.plan, model.source(), output, quiet)
