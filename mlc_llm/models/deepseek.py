@@ -17,7 +17,7 @@ from mlc_llm.models.base import CausalLM, Family, build_decoder, gated_mlp
 from mlc_llm.models.config import DecoderConfig
 from mlc_llm.models.fused_attention import FusedAttention
 from mlc_llm.models.llama import FUSED
-from mlc_llm.models.moe import check_experts, expert_rule
+from mlc_llm.models.moe import EXPERT_PARTS, check_experts, expert_rule
 from mlc_llm.models.plan import ParamRule
 from mlc_llm.nn import expert_ops, ops, row_ops
 from mlc_llm.nn.linear import Linear
@@ -160,17 +160,9 @@ def build(config: DeepseekConfig, dtype: str) -> CausalLM:
     return build_decoder(config, dtype, _attention, deepseek_mlp)
 
 
-_EXPERTS = {"moe_gate_up_proj": ("gate_proj", "up_proj"), "moe_down_proj": ("down_proj",)}
-
-
 def stacked_experts(config: DeepseekConfig, parameter: str) -> ParamRule | None:
     """Return the rule of experts' weights, None for other parameters."""
-    path = parameter.removesuffix(".weight")
-    for suffix, parts in _EXPERTS.items():
-        if path.endswith(suffix):
-            experts = f"{path.removesuffix(suffix)}experts"
-            return expert_rule(experts, parts, config.n_routed_experts)
-    return None
+    return expert_rule(parameter, EXPERT_PARTS, config.n_routed_experts)
 
 
 GATED = {

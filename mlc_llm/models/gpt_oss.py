@@ -19,7 +19,7 @@ from mlc_llm.models.base import CausalLM, Family, build_decoder
 from mlc_llm.models.checking import check_layer_types
 from mlc_llm.models.config import take_int
 from mlc_llm.models.llama import FUSED, LlamaAttention, LlamaConfig
-from mlc_llm.models.moe import check_experts, expert_rule, outputs_first
+from mlc_llm.models.moe import EXPERT_PARTS, check_experts, expert_rule, outputs_first
 from mlc_llm.models.plan import ParamRule, concatenate
 from mlc_llm.nn import expert_ops, row_ops
 from mlc_llm.nn.kv import PagedKV
@@ -139,26 +139,16 @@ _STACKED = {
     "moe_down_proj.weight": ("experts.down_proj", outputs_first),
     "moe_down_proj.bias": ("experts.down_proj_bias", concatenate),
 }
-_SPLIT = {"moe_gate_up_proj": ("gate_proj", "up_proj"), "moe_down_proj": ("down_proj",)}
 
 
 def _special(config: GptOssConfig, parameter: str) -> ParamRule | None:
     if config.has_split_experts:
-        return _split_rule(config, parameter)
+        if parameter.endswith(".sinks"):
+            return ParamRule((f"{parameter}.weight",))
+        return expert_rule(parameter, EXPERT_PARTS, config.num_local_experts)
     for suffix, (name, combine) in _STACKED.items():
         if parameter.endswith(suffix):
             return ParamRule((parameter.removesuffix(suffix) + name,), combine)
-    return None
-
-
-def _split_rule(config: GptOssConfig, parameter: str) -> ParamRule | None:
-    if parameter.endswith(".sinks"):
-        return ParamRule((f"{parameter}.weight",))
-    path, _, leaf = parameter.rpartition(".")
-    for suffix, parts in _SPLIT.items():
-        if path.endswith(suffix):
-            experts = f"{path.removesuffix(suffix)}experts"
-            return expert_rule(experts, parts, config.num_local_experts, leaf)
     return None
 
 

@@ -129,12 +129,7 @@ _EXPERTS = {"mlp.e1_e3": ("w1", "w3"), "mlp.e2": ("w2",)}
 
 
 def _special(config: MiniCPMConfig, parameter: str) -> ParamRule | None:
-    path = parameter.removesuffix(".weight")
-    for suffix, parts in _EXPERTS.items():
-        if path.endswith(suffix):
-            experts = f"{path.removesuffix(suffix)}mlp.experts"
-            return expert_rule(experts, parts, config.num_experts)
-    return None
+    return expert_rule(parameter, _EXPERTS, config.num_experts, "mlp.experts")
 
 
 FAMILY = Family("minicpm", ("MiniCPMForCausalLM",), MiniCPMConfig, build, PARTS, _special)

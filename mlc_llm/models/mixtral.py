@@ -78,12 +78,8 @@ _EXPERTS = {"moe.e1_e3": ("w1", "w3"), "moe.e2": ("w2",)}
 
 
 def _special(config: MixtralConfig, parameter: str) -> ParamRule | None:
-    path = parameter.removesuffix(".weight")
-    for suffix, parts in _EXPERTS.items():
-        if path.endswith(suffix):
-            experts = f"{path.removesuffix(suffix)}block_sparse_moe.experts"
-            return expert_rule(experts, parts, config.num_local_experts)
-    return None
+    experts = "block_sparse_moe.experts"
+    return expert_rule(parameter, _EXPERTS, config.num_local_experts, experts)
 
 
 FAMILY = Family(

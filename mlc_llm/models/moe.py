@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,9 @@ from numpy.typing import NDArray
 
 from mlc_llm.errors import CorruptFile
 from mlc_llm.models.plan import ParamRule, Stack
+
+# Modules of stacked experts under MLC LLM's names -> the parts of one in most checkpoints.
+EXPERT_PARTS = {"moe_gate_up_proj": ("gate_proj", "up_proj"), "moe_down_proj": ("down_proj",)}
 
 
 def check_experts(num_experts: object, per_token: object, *sizes: object) -> None:
@@ -33,12 +36,21 @@ def outputs_first(parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
 
 
 def expert_rule(
-    experts: str, parts: tuple[str, ...], num_experts: int, leaf: str = "weight"
-) -> ParamRule:
-    """Return the rule of a weight (experts, out, in) that checkpoints hold expert by expert.
+    parameter: str,
+    modules: Mapping[str, tuple[str, ...]],
+    num_experts: int,
+    experts: str = "experts",
+) -> ParamRule | None:
+    """Return the rule of a parameter of experts that checkpoints hold one by one; None for others.
 
-    experts: module path of the experts; parts: modules of one that are joined along `out`.
-    leaf: "weight", or "bias" for (experts, out).
+    The parameter is a weight (experts, out, in) or bias (experts, out). modules: ends of the paths
+    of such modules -> modules of one expert that are joined along `out`. experts: what stands in a
+    checkpoint in place of these ends, before the number of an expert.
     """
-    names = [f"{experts}.{e}.{part}.{leaf}" for e in range(num_experts) for part in parts]
-    return ParamRule(tuple(names), Stack(num_experts))
+    path, _, leaf = parameter.rpartition(".")
+    for module, parts in modules.items():
+        if path.endswith(module):
+            prefix = path.removesuffix(module) + experts
+            names = [f"{prefix}.{e}.{part}.{leaf}" for e in range(num_experts) for part in parts]
+            return ParamRule(tuple(names), Stack(num_experts))
+    return None

@@ -12,7 +12,7 @@ from mlc_llm.errors import CorruptFile, UnsupportedModel
 from mlc_llm.kernels.cpu.routing import Routing
 from mlc_llm.models.base import CausalLM, Family, build_decoder, gated_mlp
 from mlc_llm.models.config import take_int
-from mlc_llm.models.moe import check_experts, expert_rule
+from mlc_llm.models.moe import EXPERT_PARTS, check_experts, expert_rule
 from mlc_llm.models.plan import ParamRule
 from mlc_llm.models.qwen2 import PARTS, Qwen2Attention, Qwen2Config
 from mlc_llm.nn import expert_ops, ops, row_ops
@@ -128,19 +128,9 @@ def build(config: Qwen2MoeConfig, dtype: str) -> CausalLM:
     return build_decoder(config, dtype, Qwen2Attention, _mlp)
 
 
-_EXPERTS = {
-    "moe_gate_up_proj": ("gate_proj", "up_proj"),
-    "moe_down_proj": ("down_proj",),
-}
-
-
 def special_rule(config: Qwen2MoeConfig, parameter: str) -> ParamRule | None:
     """Return the rule of experts' weights, None for other parameters."""
-    path = parameter.removesuffix(".weight")
-    for suffix, parts in _EXPERTS.items():
-        if path.endswith(suffix):
-            return expert_rule(f"{path.removesuffix(suffix)}experts", parts, config.num_experts)
-    return None
+    return expert_rule(parameter, EXPERT_PARTS, config.num_experts)
 
 
 _SHARED = {
