@@ -223,6 +223,31 @@ def test_a_trigger_leaves_no_way_but_its_structures(plain: Model) -> None:
             {"$defs": {"a": {"anyOf": [{"$ref": "#/$defs/a"}]}}, "$ref": "#/$defs/a"},
             "the loop of $ref '#/$defs/a' never ends",
         ),
+        # Nothing must come to these, but what does would never get on.
+        (
+            {"$defs": {"a": {"$ref": "#/$defs/a"}}, "properties": {"b": {"$ref": "#/$defs/a"}}},
+            "the loop of $ref '#/$defs/a' never ends",
+        ),
+        ({"anyOf": [{"type": "null"}, {"$ref": "#/anyOf/1"}]}, "'#/anyOf/1' never ends"),
+        (
+            {
+                "type": "array",
+                "items": {
+                    "type": "object",
+                    "properties": {"a": {"$ref": "#/items"}},
+                    "required": ["a"],
+                },
+            },
+            "the loop of $ref '#/items' never ends",
+        ),
+        (
+            {"type": "object", "required": ["a"], "additionalProperties": {"$ref": "#"}},
+            "the loop of $ref '#' never ends",
+        ),
+        (
+            {"type": "object", "minProperties": 1, "additionalProperties": {"$ref": "#"}},
+            "the loop of $ref '#' never ends",
+        ),
     ],
 )
 def test_what_is_not_enforced_is_refused_by_name(plain: Model, schema: object, words: str) -> None:
@@ -244,6 +269,8 @@ def test_what_is_not_enforced_is_refused_by_name(plain: Model, schema: object, w
         {"type": "object", "properties": {"a": {"$ref": "#"}}, "additionalProperties": False},
         {"anyOf": [{"type": "array", "minItems": 1, "items": {"$ref": "#"}}, {"type": "null"}]},
         {"type": ["object", "null"], "properties": {"a": {"$ref": "#"}}, "required": ["a"]},
+        {"type": "array", "items": {"$ref": "#"}, "maxItems": 1},
+        {"$defs": {"unused": {"$ref": "#/$defs/unused"}}, "type": "null"},
         {
             "discriminator": {"propertyName": "k"},
             "oneOf": [

@@ -1,5 +1,7 @@
 """Finds schemas of which no value is finite, such as an object that must hold one of its own kind.
 
+An answer that comes to one never ends, even where it need not have come there.
+
 A schema needs others: all those that it requires, and one of each list of alternatives. What needs
 nothing has a finite value; so has what needs only such (Dowling and Gallier 1984, in linear time).
 """
@@ -11,18 +13,18 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 _CHILDREN_LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
-_CHILDREN_MAPS = ("properties", "patternProperties", "$defs", "definitions")
+_CHILDREN_MAPS = ("properties", "patternProperties")
 _CHILDREN = ("items", "additionalProperties")
 
 
 def find_endless(root: Any, follow: Callable[[str], Any]) -> str | None:
-    """Return a $ref of a loop without end, if the root has no finite value; else None.
+    """Return a $ref of a loop without end that a value of the root may come to; else None.
 
     follow: from a $ref to its schema. The root must have been checked.
     """
     if isinstance(root, bool):
         return None
-    schemas = list(_all_schemas(root))
+    schemas = list(_reachable(root, follow))
     num_missing: dict[int, int] = {}
     # Who needs a schema, and through which list of alternatives, if any: one of those suffices.
     wanted_by: dict[int, list[tuple[int, int | None]]] = defaultdict(list)
@@ -45,24 +47,29 @@ def find_endless(root: Any, follow: Callable[[str], Any]) -> str | None:
             num_missing[key] -= 1
             if num_missing[key] == 0:
                 finite.append(key)
-    if num_missing[id(root)] == 0:
+    endless = [schema for schema in schemas if num_missing[id(schema)]]
+    if not endless:
         return None
-    loops = (schema for schema in schemas if num_missing[id(schema)] and "$ref" in schema)
-    return next((str(schema["$ref"]) for schema in loops), "#")
+    return next((str(schema["$ref"]) for schema in endless if "$ref" in schema), "#")
 
 
-def _all_schemas(root: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _reachable(root: dict[str, Any], follow: Callable[[str], Any]) -> Iterator[dict[str, Any]]:
+    """Yield the schemas that parts of a value may be held to, each once; not unused definitions."""
     waiting: list[Any] = [root]
+    seen: set[int] = set()
     while waiting:
         schema = waiting.pop()
-        if not isinstance(schema, dict):
+        if not isinstance(schema, dict) or id(schema) in seen:
             continue
+        seen.add(id(schema))
         yield schema
         waiting += [schema[name] for name in _CHILDREN if name in schema]
         for name in _CHILDREN_LISTS:
             waiting += schema.get(name, ())
         for name in _CHILDREN_MAPS:
             waiting += schema.get(name, {}).values()
+        if "$ref" in schema:
+            waiting.append(follow(schema["$ref"]))
 
 
 def _needs(
@@ -75,7 +82,13 @@ def _needs(
     alternatives = [schema[name] for name in ("anyOf", "oneOf") if name in schema]
     parts: list[Any] = []
     properties = schema.get("properties", {})
-    parts += [properties[name] for name in schema.get("required", ()) if name in properties]
+    required = schema.get("required", ())
+    parts += [properties[name] for name in required if name in properties]
+    has_more = schema.get("minProperties", 0) > len(properties) or not properties.keys() >= {
+        *required
+    }
+    if has_more and not schema.get("patternProperties"):
+        parts.append(schema.get("additionalProperties"))
     first = schema.get("prefixItems", [])
     num_items = schema.get("minItems", 0)
     parts += first[:num_items]
