@@ -21,12 +21,37 @@ _SLICE = 4096
 
 
 @dataclass(frozen=True)
+class ThoughtMarks:
+    """Where thoughts are in the text of an answer, and how whoever must end them does so.
+
+    They begin with lead + begin and end with one of `ends`. closing: the text that ends them.
+    recurs: they may begin anywhere, more than once; else only where the answer begins. lead: what
+    other parts of the answer begin with as well.
+    """
+
+    begin: str
+    ends: tuple[str, ...]
+    closing: str
+    lead: str = ""
+    recurs: bool = False
+
+
+@dataclass(frozen=True)
 class ReasoningFormat:
-    """The texts around a model's thoughts; they are tokens of their own in its vocabulary."""
+    """The texts around a model's thoughts; they are tokens of their own in its vocabulary.
+
+    before_end: what models write before the end.
+    """
 
     name: str
     begin: str
     end: str
+    before_end: str = ""
+
+    @property
+    def marks(self) -> ThoughtMarks:
+        """The marks of thoughts in an answer."""
+        return ThoughtMarks(self.begin, (self.end,), self.before_end + self.end)
 
     def is_open(self, prompt: str) -> bool:
         """Say whether a prompt ends inside of thoughts, so that the answer goes on with them."""
@@ -40,7 +65,7 @@ class ReasoningFormat:
 _FORMATS = {
     form.name: form
     for form in (
-        ReasoningFormat("think", "<think>", "</think>"),
+        ReasoningFormat("think", "<think>", "</think>", before_end="\n"),
         ReasoningFormat("mistral", "[THINK]", "[/THINK]"),
         ReasoningFormat("cohere", "<|START_THINKING|>", "<|END_THINKING|>"),
     )
