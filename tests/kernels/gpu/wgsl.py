@@ -6,6 +6,8 @@ Without a GPU that is Mesa's lavapipe, which computes on the CPU and knows float
 from __future__ import annotations
 
 import re
+import textwrap
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -37,24 +39,37 @@ class Device:
 
     def run(self, kernel: Any, **tensors: np.ndarray) -> dict[str, np.ndarray]:
         """Run a kernel on tensors by the names of its arguments; return what they hold then."""
-        source, (groups, rows), numbers = translate(
-            kernel, {n: t.shape for n, t in tensors.items()}
-        )
+        launches = translate(kernel, {n: t.shape for n, t in tensors.items()})
         usage = self._wgpu.BufferUsage
-        buffers, entries = {}, []
-        for binding, name in _BINDING.findall(source):
+        buffers, sizes = {}, {}
+        for name in {name for launch in launches for _, name in launch.bindings}:
             data = np.ascontiguousarray(tensors[name]).tobytes()
             data += bytes(-len(data) % 4)
             buffers[name] = self._device.create_buffer_with_data(
                 data=data, usage=usage.STORAGE | usage.COPY_SRC
             )
-            entries.append((int(binding), buffers[name], len(data)))
-        pod = np.array([*numbers, groups - 1], np.int32).tobytes()
-        pod_buffer = self._device.create_buffer_with_data(data=pod, usage=usage.UNIFORM)
+            sizes[name] = len(data)
+        for launch in launches:
+            self._start(launch, buffers, sizes)
+        found = {}
+        for name, tensor in tensors.items():
+            data = self._device.queue.read_buffer(buffers[name]) if name in buffers else b""
+            flat = np.frombuffer(data, tensor.dtype, tensor.size if data else 0)
+            found[name] = flat.reshape(tensor.shape) if data else tensor
+        return found
+
+    def _start(self, launch: Launch, buffers: dict[str, Any], sizes: dict[str, int]) -> None:
+        """Run one shader."""
+        groups, rows = launch.groups
+        entries = [(at, buffers[name], sizes[name]) for at, name in launch.bindings]
+        pod = np.array([*launch.numbers, groups - 1], np.int32).tobytes()
+        pod_buffer = self._device.create_buffer_with_data(
+            data=pod, usage=self._wgpu.BufferUsage.UNIFORM
+        )
         entries.append((len(entries), pod_buffer, len(pod)))
-        module = self._device.create_shader_module(code=source)
+        module = self._device.create_shader_module(code=launch.source)
         pipeline = self._device.create_compute_pipeline(
-            layout="auto", compute={"module": module, "entry_point": "kernel_kernel"}
+            layout="auto", compute={"module": module, "entry_point": launch.name}
         )
         group = self._device.create_bind_group(
             layout=pipeline.get_bind_group_layout(0),
@@ -71,18 +86,25 @@ class Device:
         step.dispatch_workgroups(wide, rows, -(-groups // wide))
         step.end()
         self._device.queue.submit([encoder.finish()])
-        found = {}
-        for name, tensor in tensors.items():
-            data = self._device.queue.read_buffer(buffers[name]) if name in buffers else b""
-            flat = np.frombuffer(data, tensor.dtype, tensor.size if data else 0)
-            found[name] = flat.reshape(tensor.shape) if data else tensor
-        return found
 
 
-def translate(
-    kernel: Any, shapes: dict[str, tuple[int, ...]]
-) -> tuple[str, tuple[int, int], list[int]]:
-    """Return a kernel's WGSL, how many groups of threads it is started with, and its numbers.
+@dataclass(frozen=True)
+class Launch:
+    """One start of a shader: its WGSL, its groups of threads in x and y, and its numbers."""
+
+    name: str
+    source: str
+    groups: tuple[int, int]
+    numbers: list[int]
+
+    @property
+    def bindings(self) -> list[tuple[int, str]]:
+        """Return the number and the tensor of each storage buffer."""
+        return [(int(at), name) for at, name in _BINDING.findall(self.source)]
+
+
+def translate(kernel: Any, shapes: dict[str, tuple[int, ...]]) -> list[Launch]:
+    """Return the shaders that a kernel starts, in order.
 
     shapes: of its tensors by name; they say what symbolic sizes are.
     """
@@ -100,22 +122,35 @@ def translate(
     host, devices = split_host_device_mods(pipeline(mod))
     ((device_target, device),) = devices.items()
     source = codegen_build(finish()(device), device_target).inspect_source()
-    assert len(device.functions) == 1, "a kernel is one shader"
-    return source, *_launch(host["kernel"].script(), symbols)
+    # Each shader comes after its name between lines of dashes.
+    parts = re.split(r"^//-+\n// Function: (\w+)$", source, flags=re.MULTILINE)
+    sources = dict(zip(parts[1::2], parts[2::2], strict=True))
+    return [
+        Launch(name, sources[name], groups, numbers)
+        for name, groups, numbers in _launches(host["kernel"].script(), symbols)
+    ]
 
 
-def _launch(host: str, symbols: dict[str, int]) -> tuple[tuple[int, int], list[int]]:
-    """Return how the host's code, as a script, starts a kernel: groups of threads, and numbers."""
-    values: dict[str, Any] = {"T": _Script, **symbols}
-    for name, value in re.findall(r"(cse_v\d+): T\.let\[[^=]*\] = (.*)", host):
-        values[name] = eval(value, values)
-    ((arguments, tags),) = re.findall(r"T\.call_ffi_kernel\((.*), launch_params=(\[.*?\])", host)
-    _, *given = eval(f"[{re.sub(r'[a-z0-9_]+[.]data', 'None', arguments)}]", values)
-    numbers = [value for value in given if value is not None]
-    count = len(eval(tags))
-    launch = dict(zip(eval(tags), numbers[-count:], strict=True))
-    assert launch.keys() <= {"blockIdx.x", "blockIdx.y", "threadIdx.x", "threadIdx.y"}
-    return (launch["blockIdx.x"], launch.get("blockIdx.y", 1)), numbers[:-count]
+def _launches(host: str, symbols: dict[str, int]) -> list[tuple[str, tuple[int, int], list[int]]]:
+    """Return what the host's code, a script, starts: names, groups of threads, and numbers."""
+    found: list[tuple[str, tuple[int, int], list[int]]] = []
+
+    def start(name: str, *given: Any, launch_params: list[str], ret_ty: str) -> None:
+        numbers = [value for value in given if value is not None]
+        count = len(launch_params)
+        launch = dict(zip(launch_params, numbers[-count:], strict=True))
+        assert launch.keys() <= {"blockIdx.x", "blockIdx.y", "threadIdx.x", "threadIdx.y"}
+        groups = launch["blockIdx.x"], launch.get("blockIdx.y", 1)
+        found.append((name, groups, numbers[:-count]))
+
+    _, after_checks = host.split("__tvm_set_device", 1)
+    kept = re.findall(
+        r"^ +(?:cse_v\d+: |if |else:|T\.call_ffi_kernel).*", after_checks, re.MULTILINE
+    )
+    code = re.sub(r": T\.let\[.*?\] =", " =", textwrap.dedent("\n".join(kept)))
+    code = re.sub(r"\b\w+[.]data\b", "None", code).replace("T.call_ffi_kernel", "start")
+    exec(code, {"T": _Script, "start": start, **symbols})
+    return found
 
 
 class _Script:
