@@ -76,6 +76,15 @@ def chat(
     seed: Annotated[
         int | None, typer.Option(metavar="N", help="The same seed gives the same answer.")
     ] = None,
+    thoughts: Annotated[
+        bool | None,
+        typer.Option(
+            "--thoughts/--no-thoughts",
+            help="Print what the model thinks before it answers, to stderr. Left out, that is done "
+            "where answers go to a terminal.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Talk to a model, made ready first where needed."""
     values = parse_overrides(overrides, CHAT_OVERRIDES)
@@ -107,7 +116,7 @@ def chat(
             overrides=values,
             cleanup=cleanup,
         )
-        _talk(session, question, system, sampling)
+        _talk(session, question, system, sampling, thoughts)
 
 
 def _check_early(device: str, opt: str, sampling: dict[str, Any]) -> None:
@@ -171,14 +180,19 @@ def _open_session(
 
 
 def _talk(
-    session: ChatSession, question: str | None, system: str | None, sampling: dict[str, Any]
+    session: ChatSession,
+    question: str | None,
+    system: str | None,
+    sampling: dict[str, Any],
+    thoughts: bool | None,
 ) -> None:
     from mlc_llm.cli.dialogue import Dialogue
+    from mlc_llm.cli.printing import is_terminal
     from mlc_llm.cli.terminal import print_answer, prompt_reader, run_interactive, say
     from mlc_llm.engine.session import SamplingParams
 
     params = dataclasses.replace(SamplingParams.from_config(session.config), **sampling)
-    dialogue = Dialogue(session, params, system)
+    dialogue = Dialogue(session, params, system, is_terminal() if thoughts is None else thoughts)
     if question is not None:
         print_answer(dialogue, question)
         return

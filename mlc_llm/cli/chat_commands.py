@@ -24,6 +24,7 @@ SETTINGS: Mapping[str, type] = {
     "stop": str,
 }
 _FORMAT = "response_format"
+_THOUGHTS = "thoughts"
 _CAN_BE_UNSET = ("max_tokens", "seed", "stop")
 
 HELP = """\
@@ -35,7 +36,8 @@ HELP = """\
 /reset               forget the conversation
 /set                 print the settings
 /set key=value;...   change settings: temperature, top_p, frequency_penalty, presence_penalty,
-                     max_tokens, seed, stop (several with commas); `none` unsets the last three
+                     max_tokens, seed, stop (several with commas); `none` unsets the last three;
+                     thoughts (true or false: print what the model thinks before it answers)
 /set response_format=FORMAT
                      the form of the next answers: text, json_object, or JSON as in requests,
                      such as {"type": "regex", "regex": "yes|no"}
@@ -73,7 +75,8 @@ def run_command(line: str, dialogue: Dialogue, say: Callable[[str], None]) -> No
     else:
         _change_settings(argument, dialogue)
         settings = describe_params(dialogue.params, SETTINGS)
-        say(f"{settings}; {_FORMAT}={dialogue.format}")
+        thoughts = str(dialogue.shows_thoughts).lower()
+        say(f"{settings}; {_THOUGHTS}={thoughts}; {_FORMAT}={dialogue.format}")
 
 
 def _find_command(name: str) -> str:
@@ -102,9 +105,11 @@ def _change_settings(text: str, dialogue: Dialogue) -> None:
         # A setting of its own line: JSON may hold what parts others.
         dialogue.set_format(value.strip())
         return
-    values = parse_settings(text, SETTINGS, "/set", can_be_none=_CAN_BE_UNSET)
-    changes: dict[str, Any] = dict(values)
+    kinds = {**SETTINGS, _THOUGHTS: bool}
+    changes: dict[str, Any] = parse_settings(text, kinds, "/set", can_be_none=_CAN_BE_UNSET)
+    shows_thoughts = changes.pop(_THOUGHTS, dialogue.shows_thoughts)
     if "stop" in changes:
         stop = (part.strip() for part in (changes["stop"] or "").split(","))
         changes["stop"] = tuple(part for part in stop if part)
     dialogue.params = dataclasses.replace(dialogue.params, **changes)
+    dialogue.shows_thoughts = shows_thoughts

@@ -5,7 +5,7 @@ Knows messages, sampling settings and the session that answers. Not the terminal
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,15 +14,26 @@ from mlc_llm.errors import ContextTooLong
 if TYPE_CHECKING:
     from mlc_llm.engine.grammar import GrammarSpec
     from mlc_llm.engine.session import ChatSession, RequestStats, SamplingParams
+    from mlc_llm.text.events import Content, Reasoning
 
 
 class Dialogue:
-    """A conversation with one model: the messages, and the settings of the next answer."""
+    """A conversation with one model: the messages, and the settings of the next answer.
 
-    def __init__(self, session: ChatSession, params: SamplingParams, system: str | None) -> None:
+    shows_thoughts: whether who prints an answer prints its thoughts too.
+    """
+
+    def __init__(
+        self,
+        session: ChatSession,
+        params: SamplingParams,
+        system: str | None,
+        shows_thoughts: bool = True,
+    ) -> None:
         self.session = session
         self.params = params
         self.format = "text"
+        self.shows_thoughts = shows_thoughts
         self._grammar: GrammarSpec | None = None
         self._system = [{"role": "system", "content": system}] if system else []
         self._turns: list[dict[str, Any]] = []
@@ -53,27 +64,35 @@ class Dialogue:
         """Send an image with the next question. Raises OptionError or RequestError."""
         self._images.append(self.session.read_image(path))
 
-    def answer(self, text: str, note: Callable[[str], None]) -> Generator[str, None, None]:
+    def answer(
+        self, text: str, note: Callable[[str], None]
+    ) -> Generator[Content | Reasoning, None, None]:
         """Yield the answer to `text` piece by piece and keep both as the latest turns.
 
+        Thoughts are kept apart from the answer: the model's template says what becomes of them.
         Where the conversation does not fit the context window, the oldest turns are dropped and
         `note` is told. However the answer ends (also by closing this iterator), what was yielded
-        stays in the conversation; a question without any answer is taken back.
-        Raises ContextTooLong if `text` alone does not fit.
+        stays in the conversation; a question is taken back that was not answered, or with thoughts
+        alone before it was stopped. Raises ContextTooLong if `text` alone does not fit.
         """
+        from mlc_llm.text.events import Content
+
         question = {"role": "user", "content": self._take_content(text)}
-        pieces: list[str] = []
+        contents: list[str] = []
+        thoughts: list[str] = []
         is_whole = False
         stream, kept = self._start(question, note)
         try:
             for piece in stream:
-                pieces.append(piece)
+                (contents if isinstance(piece, Content) else thoughts).append(piece.text)
                 yield piece
             is_whole = True
         finally:
             stream.close()
-            if pieces or is_whole:
-                reply = {"role": "assistant", "content": "".join(pieces)}
+            if contents or is_whole:
+                reply = {"role": "assistant", "content": "".join(contents)}
+                if thoughts:
+                    reply["reasoning_content"] = "".join(thoughts)
                 self._turns = [*kept, question, reply]
 
     def _take_content(self, text: str) -> str | list[dict[str, Any]]:
@@ -88,7 +107,7 @@ class Dialogue:
 
     def _start(
         self, question: dict[str, Any], note: Callable[[str], None]
-    ) -> tuple[Generator[str, None, None], list[dict[str, Any]]]:
+    ) -> tuple[Generator[Content | Reasoning, None, None], list[dict[str, Any]]]:
         """Return the running answer and the turns that it was given."""
         kept = self._turns
         while True:
@@ -96,7 +115,7 @@ class Dialogue:
             stream = self.session.chat(messages, self.params, self._grammar)
             try:
                 # The session counts tokens when the first piece is asked for.
-                first = next(stream, "")
+                first = next(stream, None)
             except ContextTooLong:
                 if not kept:
                     raise
@@ -112,11 +131,14 @@ class Dialogue:
         last = self.session.last
         if last is None or last.finish_reason != "length":
             return None
+        reply = self._turns[-1] if self._turns else {}
+        has_only_thoughts = "reasoning_content" in reply and not reply["content"]
+        cut = "the model's thoughts were cut" if has_only_thoughts else "the answer was cut"
         limit = self.params.max_tokens
         if limit is not None and last.completion_tokens >= limit:
-            return f"the answer was cut after {limit:,} tokens; a higher max_tokens allows more"
+            return f"{cut} after {limit:,} tokens; a higher max_tokens allows more"
         size = self.session.context_window_size
-        return f"the answer was cut because the context window of {size:,} tokens is full"
+        return f"{cut} because the context window of {size:,} tokens is full"
 
 
 def _num_dropped(num_messages: int) -> int:
@@ -127,14 +149,15 @@ def _num_dropped(num_messages: int) -> int:
     return max(2, (num_messages + 3) // 4 // 2 * 2)
 
 
-def _chain(first: str, rest: Iterator[str]) -> Generator[str, None, None]:
+def _chain(
+    first: Content | Reasoning | None, rest: Generator[Content | Reasoning, None, None]
+) -> Generator[Content | Reasoning, None, None]:
     try:
-        if first:
+        if first is not None:
             yield first
         yield from rest
     finally:
-        if isinstance(rest, Generator):
-            rest.close()
+        rest.close()
 
 
 def describe_stats(last: RequestStats | None) -> str:

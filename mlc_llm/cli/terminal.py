@@ -1,6 +1,6 @@
 """The chat on a terminal: reads lines, prints answers, survives Ctrl-C.
 
-stdout gets the answers and nothing else; prompts, notes and errors go to stderr.
+stdout gets the answers and nothing else; prompts, thoughts, notes and errors go to stderr.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from mlc_llm.cli.chat_commands import Leave, run_command
 from mlc_llm.cli.dialogue import Dialogue
 from mlc_llm.cli.options import require_text
+from mlc_llm.cli.printing import AnswerPrinter
 from mlc_llm.errors import MlcError
 
 if TYPE_CHECKING:
@@ -30,16 +31,13 @@ def print_answer(dialogue: Dialogue, text: str) -> None:
 
     Raises what the session raises; after Ctrl-C or an error the printed part stays in `dialogue`.
     """
-    end = ""
+    printer = AnswerPrinter(dialogue.shows_thoughts)
     try:
         with closing(dialogue.answer(text, lambda note: say(f"[{note}]"))) as pieces:
             for piece in pieces:
-                sys.stdout.write(piece)
-                sys.stdout.flush()
-                end = "" if piece.endswith("\n") else "\n"
+                printer.put(piece)
     finally:
-        sys.stdout.write(end)
-        sys.stdout.flush()
+        printer.finish()
     note = dialogue.note_on_ending()
     if note is not None:
         say(f"[{note}]")

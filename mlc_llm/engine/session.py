@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,13 @@ from mlc_llm.engine.request import Request
 from mlc_llm.engine.sampling import SamplingParams
 from mlc_llm.errors import RequestError
 from mlc_llm.images.inputs import PromptImage
+from mlc_llm.text.events import Content, Event, Reasoning, join_events
 from mlc_llm.text.prompt import PromptBuilder
-from mlc_llm.text.stop import StopFilter
+from mlc_llm.text.reasoning import PlainParser
+from mlc_llm.text.stream import TextStream
 from mlc_llm.text.tokenizer import Tokenizer
 
 __all__ = ["ChatSession", "RequestStats", "SamplingParams"]
-
-# Tokens at the end of a prompt that tell whether it has begun or ended the model's thoughts.
-_TAIL = 16
 
 
 class ChatSession:
@@ -94,28 +93,32 @@ class ChatSession:
         messages: Sequence[Mapping[str, Any]],
         params: SamplingParams,
         grammar: GrammarSpec | None = None,
-    ) -> Iterator[str]:
+    ) -> Generator[Content | Reasoning, None, None]:
         """Answer a conversation piece by piece; closing the iterator stops the work.
 
         grammar: what the answer must match, after the model's thoughts where it has such. Raises
         ContextTooLong, TemplateError or RequestError, before the first piece.
         """
         prompt = self._prompts.build(messages)
+        formats = self._prompts.formats
+        thoughts = formats.thoughts_after(prompt.token_ids, self.tokenizer)
         if grammar is not None:
             self.check_grammar(grammar)
-            grammar = self._after_thoughts(grammar, prompt.token_ids)
-        stream = self.tokenizer.stream()
-        stops = StopFilter([*self._prompts.stop_strings, *params.stop])
+            if formats.reasoning is not None and thoughts.are_due:
+                grammar = replace(grammar, starts_after=(formats.reasoning.end,))
+        parser = formats.open_parser({}, is_thinking=thoughts.are_begun)
+        shown = frozenset[int]() if parser is None else formats.shown_ids(self.tokenizer)
+        parser = parser or PlainParser()
+        stops = (*self._prompts.stop_strings, *params.stop)
+        stream = TextStream(self.tokenizer, stops, shown=shown)
         tokens = self.generate(prompt.token_ids, params, prompt.images, grammar)
         try:
             for token in tokens:
-                if text := stops.put(stream.put(token)):
-                    yield text
-                if stops.stopped:
+                yield from _said(parser.feed(stream.put(token)))
+                if stream.stopped:
                     self._engine.abort(self._request_id, "stop")
-                    return
-            if text := stops.put(stream.finish()) + stops.finish():
-                yield text
+                    break
+            yield from _said([*parser.feed(stream.finish()), *parser.finish()])
         finally:
             tokens.close()
 
@@ -141,16 +144,6 @@ class ChatSession:
         )
         self._engine.check(request)
         return self._generate(request)
-
-    def _after_thoughts(self, grammar: GrammarSpec, prompt: Sequence[int]) -> GrammarSpec:
-        """Let a grammar begin where the thoughts end that follow a prompt."""
-        formats = self._prompts.formats
-        marks = formats.reasoning
-        if marks is None:
-            return grammar
-        tail = self.tokenizer.decode(prompt[-_TAIL:], skip_special_tokens=False)
-        thinks = marks.is_open(tail) or (formats.thinks_first and not marks.is_closed(tail))
-        return replace(grammar, starts_after=(marks.end,)) if thinks else grammar
 
     def _generate(self, request: Request) -> Generator[int, None, None]:
         if self._is_generating:
@@ -184,3 +177,8 @@ class ChatSession:
         """Free the model and end helper processes."""
         self._prompts.close()
         self._engine.close()
+
+
+def _said(events: Iterable[Event]) -> Iterator[Content | Reasoning]:
+    """Yield what there is to read; without tools, nothing else is there."""
+    return (event for event in join_events(events) if isinstance(event, Content | Reasoning))

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mlc_llm.engine.grammar import GrammarSpec
+from mlc_llm.engine.grammar import GrammarSpec, ThoughtLimit
 from mlc_llm.errors import RequestError
 from mlc_llm.serve.model import ServedModel
 from mlc_llm.text.answers import AnswerFormats
@@ -20,9 +20,6 @@ from mlc_llm.text.grammars.schema import PARAM as GRAMMAR_PARAM
 from mlc_llm.text.grammars.schema import check_schema
 from mlc_llm.text.tool_calls.grammar import call_grammar
 from mlc_llm.text.tool_calls.tools import ToolUse
-
-# Tokens at the end of a prompt that tell whether it has begun or ended the model's thoughts.
-_TAIL = 16
 
 
 @dataclass(frozen=True)
@@ -69,29 +66,38 @@ def plan_answers(
     content_grammar: GrammarSpec | None = None,
     splits_reasoning: bool = True,
     holds_calls: bool = True,
+    max_thoughts: int | None = None,
 ) -> AnswerPlan:
     """Return the plan for the answers to a prompt.
 
     content_grammar: what an answer must match that calls no tool. holds_calls: see
-    `CallFormat.open_parser`. Raises RequestError for schemas that cannot be enforced.
+    `CallFormat.open_parser`. max_thoughts: how many tokens of thoughts an answer may have, None
+    for any number. Raises RequestError for schemas that cannot be enforced, and where thoughts are
+    to be limited that nothing marks.
     """
     formats = model.prompts.formats
-    tail = model.tokenizer.decode(prompt[-_TAIL:], skip_special_tokens=False)
-    marks = formats.reasoning
-    is_thinking = marks is not None and marks.is_open(tail)
-    will_think = marks is not None and formats.thinks_first and not marks.is_closed(tail)
-    shown = {model.tokenizer.token_to_id(text) for text in formats.shown_texts} - {None}
+    thoughts = formats.thoughts_after(prompt, model.tokenizer)
     plan = AnswerPlan(
         formats,
         use,
-        frozenset(token for token in shown if token is not None),
+        formats.shown_ids(model.tokenizer),
         splits_reasoning,
-        is_thinking,
+        thoughts.are_begun,
         holds_calls,
     )
     grammar = _grammar_of(model, plan, content_grammar)
-    if grammar is not None and marks is not None and (is_thinking or will_think):
-        grammar = replace(grammar, starts_after=(marks.end,))
+    if grammar is not None and formats.reasoning is not None and thoughts.are_due:
+        grammar = replace(grammar, starts_after=(formats.reasoning.end,))
+    if max_thoughts is not None:
+        marks = formats.thought_marks
+        if marks is None:
+            raise RequestError(
+                f"thinking_token_budget is {max_thoughts:,}, but nothing marks what this model "
+                "thinks; leave it out",
+                "thinking_token_budget",
+            )
+        limit = ThoughtLimit(max_thoughts, marks, thoughts.are_begun)
+        grammar = replace(grammar or GrammarSpec("text"), thoughts=limit)
     return replace(plan, grammar=grammar)
 
 
@@ -148,7 +154,8 @@ def renamed(param: str) -> Iterator[None]:
     try:
         yield
     except RequestError as error:
-        if error.param is None or not error.param.startswith(GRAMMAR_PARAM):
+        is_named = param == GRAMMAR_PARAM or error.param is None
+        if is_named or not str(error.param).startswith(GRAMMAR_PARAM):
             raise
         message = str(error)
         error.args = (f"{param}: {message}", *error.args[1:])

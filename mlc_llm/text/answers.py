@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +13,10 @@ from mlc_llm.text.reasoning import (
     PlainParser,
     ReasoningFormat,
     ReasoningParser,
+    ThoughtMarks,
     find_reasoning,
 )
+from mlc_llm.text.tokenizer import Tokenizer
 from mlc_llm.text.tool_calls import deepseek, harmony, mistral, phi
 from mlc_llm.text.tool_calls.registry import CallFormat, detect_format, get_format
 
@@ -25,6 +27,23 @@ _SHOWN = {
     "phi": phi.SHOWN,
     "harmony": harmony.SHOWN,
 }
+_CHANNELS = ThoughtMarks(
+    f"analysis{harmony.MESSAGE}",
+    (harmony.END, harmony.CALL, harmony.RETURN, harmony.START, harmony.CHANNEL),
+    closing=f"{harmony.END}{harmony.START}assistant",
+    lead=harmony.CHANNEL,
+    recurs=True,
+)
+# Tokens at the end of a prompt that tell whether it has begun or ended the model's thoughts.
+_TAIL = 16
+
+
+@dataclass(frozen=True)
+class ThoughtsAhead:
+    """What follows a prompt: thoughts that it has begun, or any, which the model may begin too."""
+
+    are_begun: bool = False
+    are_due: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,6 +84,13 @@ class AnswerFormats:
         )
 
     @property
+    def thought_marks(self) -> ThoughtMarks | None:
+        """Where thoughts are in an answer, None where nothing marks them."""
+        if self.splits_channels:
+            return _CHANNELS
+        return None if self.reasoning is None else self.reasoning.marks
+
+    @property
     def splits_reasoning(self) -> bool:
         """Whether thoughts can be told from answers."""
         return self.splits_channels or self.reasoning is not None
@@ -92,6 +118,21 @@ class AnswerFormats:
         if has_thoughts and self.reasoning is not None:
             return ReasoningParser(self.reasoning, inner, is_thinking)
         return inner
+
+    def thoughts_after(self, prompt: Sequence[int], tokenizer: Tokenizer) -> ThoughtsAhead:
+        """Return what of the thoughts between marks is to come after a prompt."""
+        marks = self.reasoning
+        if marks is None:
+            return ThoughtsAhead()
+        tail = tokenizer.decode(prompt[-_TAIL:], skip_special_tokens=False)
+        if marks.is_open(tail):
+            return ThoughtsAhead(are_begun=True, are_due=True)
+        return ThoughtsAhead(are_due=self.thinks_first and not marks.is_closed(tail))
+
+    def shown_ids(self, tokenizer: Tokenizer) -> frozenset[int]:
+        """Return the tokens of `shown_texts`."""
+        found = (tokenizer.token_to_id(text) for text in self.shown_texts)
+        return frozenset(token_id for token_id in found if token_id is not None)
 
     @property
     def shown_texts(self) -> tuple[str, ...]:

@@ -10,6 +10,9 @@ from typing import Any
 from mlc_llm.artifact import ChatConfig
 from mlc_llm.engine.grammar import GrammarSpec
 from mlc_llm.errors import ContextTooLong, OptionError, RequestError
+from mlc_llm.text.events import Content, Reasoning
+
+Piece = str | Reasoning | BaseException
 
 CONFIG = ChatConfig(
     model_type="llama",
@@ -37,10 +40,12 @@ class FakeStats:
 class FakeSession:
     """Yields the pieces of one scripted answer per question; an exception among them is raised.
 
+    A text among them is content.
+
     A prompt whose messages hold more than `max_chars` characters is too long.
     """
 
-    def __init__(self, answers: Sequence[Sequence[str | BaseException]], max_chars: int = 10**6):
+    def __init__(self, answers: Sequence[Sequence[Piece]], max_chars: int = 10**6):
         self.config = CONFIG
         self.context_window_size = CONFIG.context_window_size
         self.last: FakeStats | None = None
@@ -65,7 +70,7 @@ class FakeSession:
         messages: Sequence[Mapping[str, Any]],
         params: Any,
         grammar: GrammarSpec | None = None,
-    ) -> Iterator[str]:
+    ) -> Iterator[Content | Reasoning]:
         self.grammars.append(grammar)
         num_chars = sum(len(message["content"]) for message in messages)
         if num_chars > self.max_chars:
@@ -76,7 +81,7 @@ class FakeSession:
             for piece in self._answers.pop(0):
                 if isinstance(piece, BaseException):
                     raise piece
-                yield piece
+                yield Content(piece) if isinstance(piece, str) else piece
         except GeneratorExit:
             self.num_stopped += 1
             raise

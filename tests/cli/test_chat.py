@@ -13,6 +13,7 @@ import mlc_llm.prepare.resolve
 from mlc_llm.cli.main import main
 from mlc_llm.device import host_cpu
 from mlc_llm.errors import ContextTooLong, ModelNotFound
+from mlc_llm.text.events import Reasoning
 
 from .fakes import FakeSession
 
@@ -76,6 +77,30 @@ def test_a_prompt_is_answered_once_on_stdout(
     expected = [{"role": "user", "content": "What is the capital of France?"}]
     assert chat.session.prompts == [expected]
     assert chat.session.is_closed
+
+
+@pytest.mark.parametrize(
+    ("options", "streams", "is_shown"),
+    [
+        ([], (), False),
+        ([], ("stdout",), False),
+        ([], ("stderr",), False),
+        ([], ("stdout", "stderr"), True),
+        (["--thoughts"], (), True),
+        (["--no-thoughts"], ("stdout", "stderr"), False),
+    ],
+)
+def test_thoughts_are_printed_beside_the_answer_on_terminals_and_if_asked_for(  # type: ignore[no-untyped-def]
+    chat: Chat, monkeypatch, capsys, options: list[str], streams: tuple[str, ...], is_shown: bool
+) -> None:
+    for name in streams:
+        monkeypatch.setattr(f"sys.{name}.isatty", lambda: True)
+    chat.session = FakeSession([[Reasoning("A city."), "Paris."]])
+    assert chat.run("model", "--prompt", "Where?", *options) == 0
+    captured = capsys.readouterr()
+    assert captured.out == "Paris.\n"
+    assert ("A city." in captured.err) == is_shown
+    assert is_shown or captured.err == ""
 
 
 def test_piped_input_is_the_prompt(chat: Chat, capsys: pytest.CaptureFixture[str]) -> None:

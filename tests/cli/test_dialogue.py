@@ -5,6 +5,7 @@ import pytest
 from mlc_llm.cli.chat_commands import run_command
 from mlc_llm.cli.dialogue import Dialogue, describe_stats
 from mlc_llm.errors import ContextTooLong, OptionError
+from mlc_llm.text.events import Content, Reasoning
 
 from .fakes import FakeParams, FakeSession, FakeStats
 
@@ -14,7 +15,8 @@ def dialogue_of(session: FakeSession, system: str | None = None) -> Dialogue:
 
 
 def ask(dialogue: Dialogue, text: str, notes: list[str] | None = None) -> str:
-    return "".join(dialogue.answer(text, (notes if notes is not None else []).append))
+    pieces = dialogue.answer(text, (notes if notes is not None else []).append)
+    return "".join(piece.text for piece in pieces if isinstance(piece, Content))
 
 
 def test_questions_and_answers_are_remembered() -> None:
@@ -36,7 +38,7 @@ def test_a_stopped_answer_stops_the_work_and_stays_as_far_as_it_went() -> None:
     session = FakeSession([["one", "two", "three"]])
     dialogue = dialogue_of(session)
     pieces = dialogue.answer("count", print)
-    assert [next(pieces), next(pieces)] == ["one", "two"]
+    assert [next(pieces), next(pieces)] == [Content("one"), Content("two")]
     pieces.close()
     assert session.num_stopped == 1
     assert [message["content"] for message in dialogue.messages] == ["count", "onetwo"]
@@ -56,6 +58,29 @@ def test_an_error_in_the_middle_keeps_what_was_said() -> None:
     with pytest.raises(KeyboardInterrupt):
         ask(dialogue, "Say")
     assert dialogue.messages[-1] == {"role": "assistant", "content": "so "}
+
+
+def test_thoughts_are_kept_apart_from_the_answer() -> None:
+    session = FakeSession([[Reasoning("Hm, "), Reasoning("a city."), "Paris"], ["Yes"]])
+    dialogue = dialogue_of(session)
+    assert ask(dialogue, "Where?") == "Paris"
+    assert ask(dialogue, "Sure?") == "Yes"
+    reply = {"role": "assistant", "content": "Paris", "reasoning_content": "Hm, a city."}
+    assert session.prompts[1][1] == reply
+
+
+def test_thoughts_alone_are_an_answer_where_they_were_not_stopped() -> None:
+    session = FakeSession([[Reasoning("Hm"), KeyboardInterrupt()], [Reasoning("Hm")]])
+    dialogue = dialogue_of(session)
+    with pytest.raises(KeyboardInterrupt):
+        ask(dialogue, "Where?")
+    assert dialogue.messages == []
+    session.finish_reason = "length"
+    assert ask(dialogue, "Where?") == ""
+    assert dialogue.messages[1:] == [
+        {"role": "assistant", "content": "", "reasoning_content": "Hm"}
+    ]
+    assert str(dialogue.note_on_ending()).startswith("the model's thoughts were cut")
 
 
 def test_an_empty_answer_is_an_answer() -> None:

@@ -12,13 +12,14 @@ from mlc_llm.cli.dialogue import Dialogue
 from mlc_llm.cli.terminal import print_answer, prompt_reader, run_interactive
 from mlc_llm.engine.grammar import GrammarSpec
 from mlc_llm.errors import MlcError, OptionError, TemplateError
+from mlc_llm.text.events import Content, Reasoning
 
-from .fakes import FakeParams, FakeSession
+from .fakes import FakeParams, FakeSession, Piece
 
 CTRL_C, CTRL_D, ENTER, ESCAPE = "\x03", "\x04", "\r", "\x1b"
 
 
-def dialogue_of(*answers: Sequence[str | BaseException]) -> Dialogue:
+def dialogue_of(*answers: Sequence[Piece]) -> Dialogue:
     return Dialogue(FakeSession(answers), FakeParams(), None)  # type: ignore[arg-type]
 
 
@@ -125,6 +126,60 @@ def test_a_cut_answer_gets_a_note(capsys: pytest.CaptureFixture[str]) -> None:
     assert captured.err.startswith("[the answer was cut")
 
 
+THINKING = (Reasoning("Two "), Reasoning("cities."), "Paris ", "or Rome")
+
+
+def test_thoughts_are_marked_beside_the_answer(capsys: pytest.CaptureFixture[str]) -> None:
+    dialogue = dialogue_of(THINKING, THINKING, ["a", *THINKING, "\n", Reasoning("Hm\n")])
+    print_answer(dialogue, "Where?")
+    captured = capsys.readouterr()
+    assert captured.out == "Paris or Rome\n"
+    assert captured.err == "[thoughts]\nTwo cities.\n[end of thoughts]\n"
+    run_interactive(dialogue, lines("/set thoughts=false", "Where?"))
+    captured = capsys.readouterr()
+    assert captured.out == "Paris or Rome\n"
+    assert "thoughts=false" in captured.err and "cities" not in captured.err
+    run_interactive(dialogue, lines("/set thoughts=true;seed=3", "Where?"))
+    captured = capsys.readouterr()
+    assert captured.out == "aParis or Rome\n"
+    assert captured.err.endswith(
+        "\n[thoughts]\nTwo cities.\n[end of thoughts]\n[thoughts]\nHm\n[end of thoughts]\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("variables", "begin", "end"),
+    [
+        ({"TERM": "xterm"}, "\x1b[2m", "\x1b[0m"),
+        ({"TERM": "dumb"}, "[thoughts]\n", "[end of thoughts]\n"),
+        ({"TERM": "xterm", "NO_COLOR": "1"}, "[thoughts]\n", "[end of thoughts]\n"),
+    ],
+)
+def test_thoughts_are_dimmed_where_a_terminal_can(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    variables: dict[str, str],
+    begin: str,
+    end: str,
+) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    print_answer(dialogue_of(THINKING), "Where?")
+    captured = capsys.readouterr()
+    assert captured.out == "Paris or Rome\n"
+    assert captured.err == f"{begin}Two cities.\n{end}"
+
+
+def test_thoughts_end_where_an_answer_is_stopped(capsys: pytest.CaptureFixture[str]) -> None:
+    dialogue = dialogue_of([Reasoning("Hm"), KeyboardInterrupt()])
+    run_interactive(dialogue, lines("count"))
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == "[thoughts]\nHm\n[end of thoughts]\n[stopped]\n"
+
+
 def test_commands_print_and_act(capsys: pytest.CaptureFixture[str]) -> None:
     dialogue = dialogue_of(["ok"])
     run_interactive(dialogue, lines("/stats", "hi", "/st", "/met", "/re", "/h"))
@@ -150,7 +205,7 @@ def test_set_changes_the_settings_of_the_next_answer() -> None:
     run_command("/set", dialogue, said.append)
     assert said[-1] == (
         "temperature=0.5; top_p=1.0; frequency_penalty=0.0; presence_penalty=0.0; "
-        "max_tokens=none; seed=1; stop=none; response_format=text"
+        "max_tokens=none; seed=1; stop=none; thoughts=true; response_format=text"
     )
 
 
@@ -184,7 +239,7 @@ def test_a_bad_format_changes_nothing(form: str, words: str) -> None:
     with pytest.raises(MlcError) as caught:
         run_command(f"/set response_format={form}", dialogue, print)
     assert words in str(caught.value) and dialogue.format == "json_object"
-    assert list(dialogue.answer("a question", print)) == ["any"]
+    assert list(dialogue.answer("a question", print)) == [Content("any")]
     assert dialogue.session.grammars == [GrammarSpec("json_object")]  # type: ignore[attr-defined]
 
 
@@ -197,6 +252,7 @@ def test_a_bad_format_changes_nothing(form: str, words: str) -> None:
         ("/set temperature", "not of the form key=value"),
         ("/set temperature=hot", "temperature must be a number, not 'hot'"),
         ("/set temperature=-1", "must not be negative"),
+        ("/set thoughts=dim", "thoughts must be true or false, not 'dim'"),
         ("/set top_k=3", "unknown key 'top_k'"),
     ],
 )
@@ -205,4 +261,4 @@ def test_a_bad_command_is_explained_and_changes_nothing(line: str, words: str) -
     with pytest.raises(OptionError) as caught:
         run_command(line, dialogue, print)
     assert words in str(caught.value)
-    assert dialogue.params == FakeParams()
+    assert dialogue.params == FakeParams() and dialogue.shows_thoughts

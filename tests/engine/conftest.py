@@ -33,7 +33,12 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 def open_session(tokenizer: Tokenizer) -> OpenSession:
     """Return a maker of sessions on a runner; keywords replace fields of the chat config."""
 
-    def make(runner: FakeRunner, stop_str: tuple[str, ...] = (), **changes: Any) -> ChatSession:
+    def make(
+        runner: FakeRunner,
+        stop_str: tuple[str, ...] = (),
+        opening: str = "",
+        **changes: Any,
+    ) -> ChatSession:
         metadata = runner.metadata
         values: dict[str, Any] = {
             "model_type": metadata.model_type,
@@ -45,7 +50,9 @@ def open_session(tokenizer: Tokenizer) -> OpenSession:
             "conv_template": {},
         }
         config = ChatConfig(**{**values, **changes})
-        conversation = Conversation(stop_str=list(stop_str))
+        conversation = Conversation(
+            stop_str=list(stop_str), roles={"user": "", "assistant": opening}
+        )
         prompts = PromptBuilder(tokenizer, conversation, None, [STOP_ID], VOCAB_SIZE)
         engine = Engine(runner, active_vocab_size=config.active_vocab_size)
         return ChatSession(config, tokenizer, prompts, engine)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 import pytest
@@ -13,6 +13,8 @@ from mlc_llm.engine.grammar import GrammarSpec
 from mlc_llm.engine.grammar_cache import GrammarCache
 from mlc_llm.engine.session import ChatSession, SamplingParams
 from mlc_llm.errors import ContextTooLong, RequestError
+from mlc_llm.text.answers import AnswerFormats
+from mlc_llm.text.events import Content, Reasoning, join_events
 from mlc_llm.text.grammars.vocabulary import GrammarVocabulary
 from mlc_llm.text.reasoning import find_reasoning
 
@@ -20,9 +22,11 @@ MESSAGES = [{"role": "user", "content": "hello"}]
 GREEDY = SamplingParams(temperature=0.0)
 
 
-def say(open_session, tokenizer, text: str, **changes) -> tuple[ChatSession, FakeRunner]:
+def say(
+    open_session, tokenizer, text: str, context: int = 64, **changes
+) -> tuple[ChatSession, FakeRunner]:
     """Return a session whose model answers the messages with `text`, a byte a token."""
-    runner = FakeRunner()
+    runner = FakeRunner(context_window_size=context)
     session = open_session(runner, **changes)
     prompt_len = len(session._prompts.token_ids(MESSAGES))
     # Characters one by one, so that no merge joins what a stop string would split.
@@ -32,20 +36,27 @@ def say(open_session, tokenizer, text: str, **changes) -> tuple[ChatSession, Fak
     return session, runner
 
 
+def texts(pieces: Iterable[Content | Reasoning]) -> list[str]:
+    """Return the texts of an answer without thoughts."""
+    found = list(pieces)
+    assert all(isinstance(piece, Content) for piece in found)
+    return [piece.text for piece in found]
+
+
 def test_answer_comes_piece_by_piece(open_session, tokenizer) -> None:
     session, _ = say(open_session, tokenizer, "Hi there")
-    assert list(session.chat(MESSAGES, GREEDY)) == list("Hi there")
+    assert texts(session.chat(MESSAGES, GREEDY)) == list("Hi there")
     assert session.last.finish_reason == "stop"
 
 
 def test_characters_of_several_tokens_come_whole(open_session, tokenizer) -> None:
     session, _ = say(open_session, tokenizer, "né 🙂!")
-    assert list(session.chat(MESSAGES, GREEDY)) == ["n", "é", " ", "🙂", "!"]
+    assert texts(session.chat(MESSAGES, GREEDY)) == ["n", "é", " ", "🙂", "!"]
 
 
 def test_cut_character_is_shown_as_such(open_session, tokenizer) -> None:
     session, _ = say(open_session, tokenizer, "a🙂")
-    text = "".join(session.chat(MESSAGES, GREEDY.with_changes(max_tokens=3)))
+    text = "".join(texts(session.chat(MESSAGES, GREEDY.with_changes(max_tokens=3))))
     assert text[0] == "a" and set(text[1:]) == {"\N{REPLACEMENT CHARACTER}"}
     assert session.last.finish_reason == "length"
 
@@ -55,7 +66,7 @@ def test_stop_string_is_not_said(open_session, tokenizer, own) -> None:
     stop_str = ("END",) if own else ()
     session, runner = say(open_session, tokenizer, "one EN two END three", stop_str=stop_str)
     params = GREEDY if own else GREEDY.with_changes(stop=("###", "END"))
-    pieces = list(session.chat(MESSAGES, params))
+    pieces = texts(session.chat(MESSAGES, params))
     assert "".join(pieces) == "one EN two "
     assert all(piece for piece in pieces)
     assert session.last.finish_reason == "stop"
@@ -67,17 +78,17 @@ def test_stop_string_is_not_said(open_session, tokenizer, own) -> None:
 
 def test_half_a_stop_string_at_the_end_is_said(open_session, tokenizer) -> None:
     session, _ = say(open_session, tokenizer, "the EN")
-    assert "".join(session.chat(MESSAGES, GREEDY.with_changes(stop=("END",)))) == "the EN"
+    assert "".join(texts(session.chat(MESSAGES, GREEDY.with_changes(stop=("END",))))) == "the EN"
 
 
 def test_closing_stops_the_work(open_session, tokenizer) -> None:
     session, runner = say(open_session, tokenizer, "a long answer")
     pieces = session.chat(MESSAGES, GREEDY)
-    assert next(pieces) == "a"
+    assert next(pieces) == Content("a")
     pieces.close()
     steps = len(runner.steps)
     assert session.last.finish_reason == "abort"
-    assert "".join(session.chat(MESSAGES, GREEDY)) == "a long answer"
+    assert "".join(texts(session.chat(MESSAGES, GREEDY))) == "a long answer"
     assert len(runner.steps) > steps
 
 
@@ -88,7 +99,7 @@ def test_bad_messages_are_refused(open_session, tokenizer) -> None:
     with pytest.raises(ContextTooLong):
         list(session.chat([{"role": "user", "content": "word " * 100}], GREEDY))
     assert runner.steps == []
-    assert "".join(session.chat(MESSAGES, GREEDY)) == "x"
+    assert "".join(texts(session.chat(MESSAGES, GREEDY))) == "x"
 
 
 def test_metrics_are_sums_in_prometheus_text(open_session, tokenizer) -> None:
@@ -138,19 +149,54 @@ def with_grammars(tokenizer) -> Iterator[Callable[[ChatSession], ChatSession]]:
 def test_answer_is_held_to_a_grammar(open_session, tokenizer, with_grammars) -> None:
     session = with_grammars(say(open_session, tokenizer, "no way!")[0])
     choice = GrammarSpec("choice", '["never", "nobody knows"]')
-    assert "".join(session.chat(MESSAGES, GREEDY, choice)) == "nobody knows"
+    assert "".join(texts(session.chat(MESSAGES, GREEDY, choice))) == "nobody knows"
     assert session.last.finish_reason == "stop"
+
+
+def let_think(session: ChatSession, **changes) -> None:
+    """Let a session's model mark its thoughts."""
+    prompts = session._prompts
+    thinking = replace(prompts.formats, reasoning=find_reasoning("think", None))
+    prompts.formats = replace(thinking, **changes)
 
 
 def test_grammar_begins_after_the_thoughts(open_session, tokenizer, with_grammars) -> None:
     said = "<think>well</think>no way!"
     session = with_grammars(say(open_session, tokenizer, said)[0])
-    prompts = session._prompts
     choice = GrammarSpec("choice", '["never", "nobody knows"]')
-    thinking = replace(prompts.formats, reasoning=find_reasoning("think", None))
-    prompts.formats = replace(thinking, thinks_first=True)
-    answer = "".join(session.chat(MESSAGES, GREEDY, choice))
-    assert answer == "<think>well</think>nobody knows"
+    let_think(session, thinks_first=True)
+    answer = join_events(session.chat(MESSAGES, GREEDY, choice))
+    assert answer == [Reasoning("well"), Content("nobody knows")]
+
+
+def test_thoughts_are_told_from_the_answer(open_session, tokenizer) -> None:
+    session, _ = say(open_session, tokenizer, "<think>\nHm, 1 < 2.\n</think>\n\nYes.")
+    plain = "".join(texts(session.chat(MESSAGES, GREEDY)))
+    assert plain.startswith("<think>")  # no format of thoughts is known yet
+    let_think(session)
+    pieces = list(session.chat(MESSAGES, GREEDY))
+    assert join_events(pieces) == [Reasoning("Hm, 1 < 2."), Content("Yes.")]
+    assert len(pieces) > 9
+    cut = list(session.chat(MESSAGES, GREEDY.with_changes(max_tokens=15)))
+    assert join_events(cut) == [Reasoning("Hm, 1 <")]
+    stop = GREEDY.with_changes(stop=("s",))
+    assert join_events(session.chat(MESSAGES, stop))[-1] == Content("Ye")
+
+
+def test_thoughts_that_the_prompt_begins(open_session, tokenizer) -> None:
+    session, _ = say(open_session, tokenizer, "Hm.</think>Yes.", opening="<think>\n")
+    let_think(session)
+    answer = join_events(session.chat(MESSAGES, GREEDY))
+    assert answer == [Reasoning("Hm."), Content("Yes.")]
+
+
+def test_channels_are_told_apart(open_session, tokenizer) -> None:
+    said = (
+        "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>Yes"
+    )
+    session, _ = say(open_session, tokenizer, said, context=256)
+    session._prompts.formats = AnswerFormats.find(None, "gpt_oss")
+    assert join_events(session.chat(MESSAGES, GREEDY)) == [Reasoning("Hm."), Content("Yes")]
 
 
 def test_bad_grammar_is_refused_before_the_first_piece(

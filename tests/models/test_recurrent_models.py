@@ -158,19 +158,19 @@ def test_chat_session(tiny_models: TinyModels, name: str) -> None:
     try:
         params = SamplingParams(temperature=0.0, max_tokens=30)
         messages = [{"role": "user", "content": "tell me of the sea, and of the ships on it"}]
-        first = "".join(session.chat(messages, params))
+        first = "".join(piece.text for piece in session.chat(messages, params))
         assert first
         messages += [
             {"role": "assistant", "content": first},
             {"role": "user", "content": "more"},
         ]
-        second = "".join(session.chat(messages, params))
+        second = "".join(piece.text for piece in session.chat(messages, params))
         assert session.last is not None and session.last.cached_tokens >= 32
     finally:
         session.close()
     session = ChatSession.open(artifact, library)
     try:
-        assert "".join(session.chat(messages, params)) == second
+        assert "".join(piece.text for piece in session.chat(messages, params)) == second
     finally:
         session.close()
 

@@ -253,7 +253,7 @@ def test_a_session_of_one_user_sees_too(image_models: ImageModels) -> None:
     session = ChatSession.open(image_models.artifact(name), image_models.library(name))
     params = SamplingParams(temperature=0, max_tokens=20)
     expected = session.tokenizer.decode(load_reference(name).greedy_tokens)
-    assert "".join(session.chat(MESSAGES, params)) == expected
+    assert "".join(piece.text for piece in session.chat(MESSAGES, params)) == expected
     assert session.read_image(REFERENCES / "wide.png") == data_url("wide.png")
     with pytest.raises(RequestError, match="it must begin as"):
         session.read_image(Path(__file__))
