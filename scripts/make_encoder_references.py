@@ -10,7 +10,6 @@ tensor's name alone; states can differ in the last bit between CPUs.
 
 from __future__ import annotations
 
-import argparse
 import json
 import platform
 import shutil
@@ -21,35 +20,14 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from make_references import BIAS_STD, NORM_STD, write_tokenizer
+from make_references import BIAS_STD, NORM_STD, make_cases, write_tokenizer
 
 REFERENCES = Path(__file__).parent.parent / "tests" / "encoder_references"
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
-def main() -> None:
-    """Make the named cases, or all of them."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", metavar="CASE", help="default: every case")
-    names = parser.parse_args().names
-    torch.set_num_threads(1)
-    cases = json.loads((REFERENCES / "cases.json").read_text())
-    manifest_path = REFERENCES / "manifest.json"
-    manifest = json.loads(manifest_path.read_text()) if manifest_path.is_file() else {}
-    for case in cases:
-        if not names or case["name"] in names:
-            make_case(case)
-            manifest[case["name"]] = {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "numpy": np.__version__,
-            }
-    manifest_path.write_text(json.dumps(manifest, indent=1) + "\n")
-
-
-def make_case(case: dict[str, Any]) -> None:
-    """Write one checkpoint directory with its reference.npz."""
+def make_case(case: dict[str, Any]) -> dict[str, Any]:
+    """Write one checkpoint directory with its reference.npz; return its manifest entry."""
     directory = REFERENCES / case["name"]
     shutil.rmtree(directory, ignore_errors=True)
     config = transformers.AutoConfig.for_model(case["model_type"], **case["config"])
@@ -78,6 +56,12 @@ def make_case(case: dict[str, Any]) -> None:
     path = directory / "config.json"
     content = {**json.loads(path.read_text()), **case.get("config_set", {})}
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "numpy": np.__version__,
+    }
 
 
 def random_tensor(case: dict[str, Any], name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -123,4 +107,4 @@ def write_sentence_files(directory: Path, settings: dict[str, Any] | None) -> No
 
 
 if __name__ == "__main__":
-    main()
+    make_cases(__doc__.splitlines()[0], REFERENCES, make_case)

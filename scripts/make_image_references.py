@@ -12,7 +12,6 @@ tensor's name alone; logits can differ in the last bit between CPUs.
 
 from __future__ import annotations
 
-import argparse
 import json
 import platform
 import re
@@ -27,7 +26,14 @@ import phi3_v_reference
 import PIL
 import torch
 import transformers
-from make_references import BIAS_STD, GREEDY_STEPS, MIN_GREEDY_KINDS, NORM_STD, write_tokenizer
+from make_references import (
+    BIAS_STD,
+    GREEDY_STEPS,
+    MIN_GREEDY_KINDS,
+    NORM_STD,
+    make_cases,
+    write_tokenizer,
+)
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -62,28 +68,17 @@ CHAT_IMAGES = ["wide.png", "high.png", "wide.png"]
 TILED_IMAGES = ["strip.png", "high.png", "strip.png"]
 
 
-def main() -> None:
-    """Make the named cases, or all of them."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", metavar="CASE", help="default: every case")
-    names = parser.parse_args().names
-    torch.set_num_threads(1)
-    cases = json.loads((REFERENCES / "cases.json").read_text())
-    manifest_path = REFERENCES / "manifest.json"
-    manifest = json.loads(manifest_path.read_text()) if manifest_path.is_file() else {}
-    write_images()
-    for case in cases:
-        if not names or case["name"] in names:
-            make = make_tiled_case if case["model_type"] == "phi3_v" else make_case
-            make(case)
-            manifest[case["name"]] = {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "pillow": PIL.__version__,
-                "numpy": np.__version__,
-            }
-    manifest_path.write_text(json.dumps(manifest, indent=1) + "\n")
+def make_any_case(case: dict[str, Any]) -> dict[str, Any]:
+    """Write one checkpoint directory with its reference.npz; return its manifest entry."""
+    make = make_tiled_case if case["model_type"] == "phi3_v" else make_case
+    make(case)
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "pillow": PIL.__version__,
+        "numpy": np.__version__,
+    }
 
 
 def write_images() -> None:
@@ -102,7 +97,7 @@ def write_images() -> None:
 
 
 def make_case(case: dict[str, Any]) -> None:
-    """Write one checkpoint directory with its reference.npz."""
+    """Write a checkpoint of LLaVA with its reference.npz."""
     directory = REFERENCES / case["name"]
     shutil.rmtree(directory, ignore_errors=True)
     config = transformers.AutoConfig.for_model(case["model_type"], **case["config"])
@@ -249,4 +244,5 @@ def write_old_style(directory: Path, config: Any) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    write_images()
+    make_cases(__doc__.splitlines()[0], REFERENCES, make_any_case)

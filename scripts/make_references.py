@@ -18,6 +18,7 @@ import json
 import platform
 import shutil
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,21 +45,26 @@ CHAT_TEMPLATE = (
 )
 
 
-def main() -> None:
-    """Make the named cases, or all of them."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def make_cases(
+    description: str, references: Path, make: Callable[[dict[str, Any]], dict[str, Any]]
+) -> None:
+    """Make the cases that the command line names, or all of them, and enter them in the manifest.
+
+    description: of the program. references: where `cases.json` is; make returns a manifest entry.
+    """
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("names", nargs="*", metavar="CASE", help="default: every case")
     names = parser.parse_args().names
     torch.set_num_threads(1)
-    cases = json.loads((REFERENCES / "cases.json").read_text())
+    cases = json.loads((references / "cases.json").read_text())
     unknown = set(names) - {case["name"] for case in cases}
     if unknown:
         parser.error(f"cases.json has no {', '.join(sorted(unknown))}")
-    manifest_path = REFERENCES / "manifest.json"
+    manifest_path = references / "manifest.json"
     manifest = json.loads(manifest_path.read_text()) if manifest_path.is_file() else {}
     for case in cases:
         if not names or case["name"] in names:
-            manifest[case["name"]] = make_case(case)
+            manifest[case["name"]] = make(case)
             print(case["name"], manifest[case["name"]])
     ordered = {case["name"]: manifest[case["name"]] for case in cases if case["name"] in manifest}
     manifest_path.write_text(json.dumps(ordered, indent=1) + "\n")
@@ -207,4 +213,4 @@ def continue_greedily(model: Any, token_ids: np.ndarray) -> tuple[np.ndarray, fl
 
 
 if __name__ == "__main__":
-    main()
+    make_cases(__doc__.splitlines()[0], REFERENCES, make_case)

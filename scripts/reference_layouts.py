@@ -132,16 +132,9 @@ def _baichuan(case: dict[str, Any], config: Config, tensors: Tensors) -> tuple[C
     fields["model_max_length"] = fields["max_position_embeddings"]
     if case.get("alibi"):
         del fields["max_position_embeddings"]
-    written = {}
-    for name, tensor in tensors.items():
-        if name.endswith("q_proj.weight"):
-            parts = [tensors[name.replace("q_proj", f"{part}_proj")] for part in "qkv"]
-            written[name.replace("q_proj", "W_pack")] = np.concatenate(parts)
-        elif not name.endswith(("k_proj.weight", "v_proj.weight")):
-            written[name] = tensor
     if case.get("normalized_head"):
         fields["z_loss_weight"] = 0
-    return fields, written
+    return fields, _join_qkv(tensors, "self_attn.W_pack", {})
 
 
 def _orion(case: dict[str, Any], config: Config, tensors: Tensors) -> tuple[Config, Tensors]:
@@ -225,14 +218,7 @@ def _chatglm(case: dict[str, Any], config: Config, tensors: Tensors) -> tuple[Co
     half = config["head_dim"] // 4
     frequencies = 10000.0 ** -(np.arange(half, dtype=np.float32) / half)
     written = {"transformer.rotary_pos_emb.inv_freq": frequencies}
-    for name, tensor in tensors.items():
-        if ".q_proj." in name:
-            parts = [tensors[name.replace("q_proj", f"{part}_proj")] for part in "qkv"]
-            joined = name.replace("self_attn.q_proj", "self_attention.query_key_value")
-            written[_replace(joined, names)] = np.concatenate(parts)
-        elif not re.search(r"\.[kv]_proj\.", name):
-            written[_replace(name, names)] = tensor
-    return fields, written
+    return fields, written | _join_qkv(tensors, "self_attention.query_key_value", names)
 
 
 def _deepseek(case: dict[str, Any], config: Config, tensors: Tensors) -> tuple[Config, Tensors]:
@@ -291,15 +277,7 @@ def _qwen(case: dict[str, Any], config: Config, tensors: Tensors) -> tuple[Confi
         "mlp.gate_proj": "mlp.w2",
         "mlp.down_proj": "mlp.c_proj",
     }
-    written = {}
-    for name, tensor in tensors.items():
-        if ".q_proj." in name:
-            parts = [tensors[name.replace("q_proj", f"{part}_proj")] for part in "qkv"]
-            joined = name.replace("self_attn.q_proj", "attn.c_attn")
-            written[_replace(joined, names)] = np.concatenate(parts)
-        elif not re.search(r"\.[kv]_proj\.", name):
-            written[_replace(name, names)] = tensor
-    return fields, written
+    return fields, _join_qkv(tensors, "attn.c_attn", names)
 
 
 def _beside_images(architecture: str, model_type: str, vision: str) -> Layout:
@@ -313,6 +291,19 @@ def _beside_images(architecture: str, model_type: str, vision: str) -> Layout:
         return {**fields, "text_config": config, "vision_config": {"hidden_size": 4}}, written
 
     return layout
+
+
+def _join_qkv(tensors: Tensors, joined: str, names: dict[str, str]) -> Tensors:
+    """Rename tensors; q, k and v of a layer become one called `joined`."""
+    written = {}
+    for name, tensor in tensors.items():
+        if ".q_proj." in name:
+            parts = [tensors[name.replace("q_proj", f"{part}_proj")] for part in "qkv"]
+            whole = name.replace("self_attn.q_proj", joined)
+            written[_replace(whole, names)] = np.concatenate(parts)
+        elif not re.search(r"\.[kv]_proj\.", name):
+            written[_replace(name, names)] = tensor
+    return written
 
 
 def _replace(name: str, names: dict[str, str]) -> str:
