@@ -23,6 +23,15 @@ from mlc_llm.nn.norm import LayerNorm
 
 # Far above any tower; a damaged file may claim anything.
 _LARGEST = {"num_hidden_layers": 1 << 10, "image_size": 1 << 13}
+# ViT-L/14 for 336 pixels: what models take whose configurations only name it, or leave it out.
+LARGE_336 = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+}
 
 
 @dataclass(frozen=True)

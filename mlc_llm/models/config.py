@@ -280,6 +280,20 @@ class RopeFields:
     partial_factor: float
 
 
+def join_text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a configuration with the fields of its `text_config`, if it has one, beside its own.
+
+    Models that see images have those of their text part there. What stands beside them counts,
+    save null and limits of -1, which MLC LLM writes where they are those of the text part.
+    """
+    given = {
+        name: value
+        for name, value in config.items()
+        if value is not None and not (value == -1 and name in _OVERRIDES)
+    }
+    return {**config["text_config"], **given} if config.get("text_config") else config
+
+
 def read_rope(config: Mapping[str, Any], context: int, base: float = 10000.0) -> RopeFields:
     """Read the rotary embedding; `base` where none is named. Raises CorruptFile."""
     # transformers 5 writes `rope_parameters`, older releases `rope_theta` and `rope_scaling`.

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from tvm.relax.frontend import nn
 
 from mlc_llm.models.base import CausalLM, Family, build_decoder
+from mlc_llm.models.config import join_text_config
 from mlc_llm.models.gemma import norms_plus_one
 from mlc_llm.models.gemma2 import Gemma2Config, Gemma2Layer, Gemma2LM, gemma_shape
 from mlc_llm.models.llama import FUSED
@@ -48,10 +49,7 @@ class Gemma3Config(Gemma2Config):
 
     @classmethod
     def _with_own_names(cls, config: Mapping[str, Any]) -> dict[str, Any]:
-        if config.get("text_config"):
-            # Limits beside it are -1 where they are those of the text part.
-            given = {name: value for name, value in config.items() if value not in (None, -1)}
-            config = {**config["text_config"], **given}
+        config = join_text_config(config)
         # MLC LLM writes 0 where there is no scaling.
         return super()._with_own_names(
             {**config, "rope_scaling": config.get("rope_scaling") or None}

@@ -13,9 +13,12 @@ from mlc_llm.errors import CorruptFile, OptionError, UnsupportedModel
 from mlc_llm.kernels.cpu.query_scale import QueryScale
 from mlc_llm.kernels.cpu.routing import Routing
 from mlc_llm.models.base import CausalLM, Family, build_decoder
+from mlc_llm.models.checking import check_layer_types
+from mlc_llm.models.config import join_text_config
 from mlc_llm.models.llama import FUSED, LlamaConfig, attention_shape
 from mlc_llm.models.moe import check_experts, outputs_first
 from mlc_llm.models.plan import ParamRule
+from mlc_llm.models.rules import beside_images
 from mlc_llm.nn import expert_ops, ops, row_ops
 from mlc_llm.nn.decoder import DecoderNames
 from mlc_llm.nn.kv import PagedKV
@@ -25,6 +28,8 @@ from mlc_llm.nn.moe import Experts
 from mlc_llm.nn.norm import unit_heads
 from mlc_llm.nn.ops import Rows
 from mlc_llm.nn.rope import RopeConfig
+
+_CHUNKED, _GLOBAL = "chunked_attention", "full_attention"
 
 
 @dataclass(frozen=True)
@@ -93,16 +98,11 @@ class Llama4Config(LlamaConfig):
     def _check_layers(self) -> None:
         """Raise CorruptFile unless lists of layers name layers, or something of each."""
         layers = self.num_hidden_layers
-        for name in ("no_rope_layers", "layer_types"):
-            found = getattr(self, name)
-            if found and (not isinstance(found, list) or len(found) != layers):
-                raise CorruptFile(
-                    f"model configuration: {name} must be a list of {layers}, is {found!r:.80}"
-                )
-        if set(self.layer_types or ()) - {"chunked_attention", "full_attention"}:
+        check_layer_types(self.layer_types or None, layers, (_CHUNKED, _GLOBAL))
+        found = self.no_rope_layers
+        if found and (not isinstance(found, list) or len(found) != layers):
             raise CorruptFile(
-                f"model configuration: layer_types has others than chunked_attention and "
-                f"full_attention: {self.layer_types!r:.120}"
+                f"model configuration: no_rope_layers must be a list of {layers}, is {found!r:.80}"
             )
         numbers = self.moe_layers if self.moe_layers is not None else []
         if not isinstance(numbers, list) or not set(numbers) <= set(range(layers)):
@@ -115,11 +115,7 @@ class Llama4Config(LlamaConfig):
 
     @classmethod
     def _with_own_names(cls, config: Mapping[str, Any]) -> dict[str, Any]:
-        if config.get("text_config"):
-            # Limits beside it are -1 where they are those of the text part.
-            given = {name: value for name, value in config.items() if value not in (None, -1)}
-            config = {**config["text_config"], **given}
-        return super()._with_own_names(config)
+        return super()._with_own_names(join_text_config(config))
 
     @classmethod
     def huggingface_fields(cls, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -150,7 +146,7 @@ class Llama4Config(LlamaConfig):
     def window_of(self, layer: int) -> int:
         """Return the size of a layer's chunks, -1 where one holds all that fits the context."""
         if self.layer_types:
-            is_chunked = self.layer_types[layer] == "chunked_attention"
+            is_chunked = self.layer_types[layer] == _CHUNKED
         else:
             is_chunked = self.rope_of(layer) is not None
         chunk = self.attention_chunk_size or self.context_window_size
@@ -268,11 +264,6 @@ def _special(config: Llama4Config, parameter: str) -> ParamRule | None:
     return ParamRule((parameter.removesuffix(".weight"),), outputs_first) if is_stacked else None
 
 
-def _beside_images(config: Llama4Config, parameter: str) -> ParamRule:
-    rule = TEXT.rule_for(parameter, config)
-    return ParamRule(tuple(f"language_model.{name}" for name in rule.sources), rule.combine)
-
-
 _GATE_UP = FUSED["mlp.gate_up_proj"]
 _PARTS = {
     path + ".gate_up_proj": tuple(name.replace("mlp", path) for name in _GATE_UP)
@@ -284,6 +275,6 @@ FAMILY = Family(
     ("Llama4ForConditionalGeneration",),
     Llama4Config,
     build,
-    special=_beside_images,
+    special=beside_images(TEXT),
     unused=("vision_model.", "multi_modal_projector."),
 )

@@ -14,7 +14,8 @@ from mlc_llm.images.inputs import ImageInputs
 from mlc_llm.images.processing import PROCESSOR_KEY, ImageProcessing
 from mlc_llm.models import llama
 from mlc_llm.models.base import DecoderLM, Family
-from mlc_llm.models.clip import ClipConfig, ClipTower
+from mlc_llm.models.clip import LARGE_336, ClipConfig, ClipTower
+from mlc_llm.models.config import join_text_config
 from mlc_llm.models.llama import FUSED, LlamaConfig
 from mlc_llm.models.plan import ParamRule
 from mlc_llm.models.vision import VisionLM
@@ -23,16 +24,6 @@ from mlc_llm.nn.activations import ACTIVATIONS
 from mlc_llm.nn.linear import Linear
 
 _STRATEGIES = ("default", "full")
-_LIMITS = ("context_window_size", "sliding_window_size", "prefill_chunk_size")
-# The tower of models whose configuration leaves out what is usual.
-_USUAL_TOWER = {
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "image_size": 336,
-    "patch_size": 14,
-}
 
 
 @dataclass(frozen=True)
@@ -88,7 +79,7 @@ class LlavaConfig(LlamaConfig):
     @property
     def tower(self) -> ClipConfig:
         """Return the shape of the vision tower."""
-        return ClipConfig.read(self.vision_config, _USUAL_TOWER)
+        return ClipConfig.read(self.vision_config, LARGE_336)
 
     @property
     def num_tower_layers(self) -> int:
@@ -98,14 +89,7 @@ class LlavaConfig(LlamaConfig):
 
     @classmethod
     def _with_own_names(cls, config: Mapping[str, Any]) -> dict[str, Any]:
-        text = config.get("text_config")
-        # Limits beside it are -1 where they are those of the text part.
-        given = {
-            name: value
-            for name, value in config.items()
-            if value is not None and not (value == -1 and name in _LIMITS)
-        }
-        return super()._with_own_names({**(text if isinstance(text, Mapping) else {}), **given})
+        return super()._with_own_names(join_text_config(config))
 
     @classmethod
     def huggingface_fields(cls, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -123,10 +107,10 @@ class LlavaConfig(LlamaConfig):
                 f"vision_feature_layer {layer!r:.80} is not supported; it must be one layer"
             )
         token = config.get("image_token_index", config.get("image_token_id"))
-        tower = config.get("vision_config") or _USUAL_TOWER
+        tower = config.get("vision_config") or LARGE_336
         processing = None
         if (settings := config.get(PROCESSOR_KEY)) is not None:
-            size = ClipConfig.read(tower, _USUAL_TOWER).image_size
+            size = ClipConfig.read(tower, LARGE_336).image_size
             found = ImageProcessing.from_huggingface(settings, size, "preprocessor_config.json")
             processing = found.to_json()
         return {

@@ -14,9 +14,10 @@ from tvm.relax.frontend import nn
 from mlc_llm.errors import CorruptFile
 from mlc_llm.kernels.cpu.query_scale import QueryScale
 from mlc_llm.models.base import CausalLM, Family, build_decoder
+from mlc_llm.models.config import join_text_config
 from mlc_llm.models.llama import FUSED, LlamaAttention, llama_mlp
 from mlc_llm.models.mistral import MistralConfig
-from mlc_llm.models.plan import ParamRule
+from mlc_llm.models.rules import beside_images
 from mlc_llm.nn import row_ops
 from mlc_llm.nn.kv import PagedKV
 from mlc_llm.nn.ops import Rows
@@ -40,18 +41,12 @@ class Ministral3Config(MistralConfig):
 
     @classmethod
     def _with_own_names(cls, config: Mapping[str, Any]) -> dict[str, Any]:
-        text = config.get("text_config")
-        if text:
-            # Limits beside it are -1 where they are those of the text part. Whether the output
-            # layer is the table is said of the text; what stands beside it may be a default.
-            tied = {"tie_word_embeddings": config.get("tie_word_embeddings")}
-            given = {
-                name: value
-                for name, value in config.items()
-                if value not in (None, -1) and name not in tied
-            }
-            config = {**tied, **text, **given}
-        return super()._with_own_names(config)
+        # Whether the output layer is the table is said of the text; what stands beside it may be a
+        # default.
+        tied = (config.get("text_config") or {}).get("tie_word_embeddings")
+        if tied is not None:
+            config = {**config, "tie_word_embeddings": tied}
+        return super()._with_own_names(join_text_config(config))
 
     @property
     def query_scale(self) -> QueryScale | None:
@@ -84,17 +79,12 @@ def build(config: Ministral3Config, dtype: str) -> CausalLM:
     return build_decoder(config, dtype, Ministral3Attention, llama_mlp)
 
 
-def _beside_images(config: Ministral3Config, parameter: str) -> ParamRule:
-    rule = TEXT.rule_for(parameter, config)
-    return ParamRule(tuple(f"language_model.{name}" for name in rule.sources), rule.combine)
-
-
 TEXT = Family("ministral3_text", ("Ministral3ForCausalLM",), Ministral3Config, build, FUSED)
 FAMILY = Family(
     "ministral3",
     ("Mistral3ForConditionalGeneration",),
     Ministral3Config,
     build,
-    special=_beside_images,
+    special=beside_images(TEXT),
     unused=("vision_tower.", "multi_modal_projector."),
 )

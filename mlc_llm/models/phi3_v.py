@@ -13,7 +13,7 @@ from mlc_llm.images.inputs import ImageInputs
 from mlc_llm.images.processing import PROCESSOR_KEY
 from mlc_llm.images.tiles import NUM_MARKS, ORDERS, TileProcessing
 from mlc_llm.models.base import CausalLM, DecoderLM, Family, build_decoder
-from mlc_llm.models.clip import ClipConfig, ClipTower
+from mlc_llm.models.clip import LARGE_336, ClipConfig, ClipTower
 from mlc_llm.models.phi3 import Phi3Config, attention
 from mlc_llm.models.rules import renamed
 from mlc_llm.models.vision import VisionLM
@@ -22,15 +22,6 @@ from mlc_llm.nn.decoder import Decoder, DecoderNames
 from mlc_llm.nn.linear import Linear
 
 _NAMES = DecoderNames(embed_tokens="embd", layers="h", attention="mixer", attention_norm="ln")
-# The tower of every published model, which their configurations only name.
-_USUAL_TOWER = {
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "image_size": 336,
-    "patch_size": 14,
-}
 # What the image part may be set to, in the fields of a configuration that say so.
 _SUPPORTED: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
     "embd_layer": {
@@ -97,7 +88,7 @@ class Phi3VConfig(Phi3Config):
     @property
     def tower(self) -> ClipConfig:
         """Return the shape of the vision tower."""
-        return ClipConfig.read(self.vision_config, _USUAL_TOWER)
+        return ClipConfig.read(self.vision_config, LARGE_336)
 
     @property
     def num_rows(self) -> int:
@@ -114,7 +105,7 @@ class Phi3VConfig(Phi3Config):
         token = config.get("image_token_index")
         processing = None
         if (settings := config.get(PROCESSOR_KEY)) is not None:
-            num_rows = ClipConfig.read(parts["vision_config"], _USUAL_TOWER).num_patches // 4
+            num_rows = ClipConfig.read(parts["vision_config"], LARGE_336).num_patches // 4
             where = "preprocessor_config.json"
             processing = TileProcessing.from_huggingface(settings, num_rows, where).to_json()
         return {

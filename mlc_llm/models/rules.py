@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mlc_llm.models.base import Family
 from mlc_llm.models.config import DecoderConfig
 from mlc_llm.models.plan import ParamRule
 
@@ -60,5 +62,16 @@ def renamed(*pairs: tuple[str, str]) -> Callable[[DecoderConfig, str], ParamRule
         for ours, theirs in pairs:
             name = name.replace(ours, theirs)
         return ParamRule((name,))
+
+    return rule
+
+
+def beside_images(text: Family) -> Callable[[DecoderConfig, str], ParamRule]:
+    """Return the rule of checkpoints that have a text model as `language_model`, beside images."""
+
+    def rule(config: DecoderConfig, parameter: str) -> ParamRule:
+        found = text.rule_for(parameter, config)
+        names = tuple(f"language_model.{name}" for name in found.sources)
+        return dataclasses.replace(found, sources=names)
 
     return rule

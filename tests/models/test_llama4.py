@@ -63,7 +63,11 @@ def test_limits_of_the_whole_win_in_a_stored_configuration() -> None:
     ("edit", "error", "message"),
     [
         ({"no_rope_layers": [1, 0]}, CorruptFile, r"no_rope_layers must be a list of 4"),
-        ({"layer_types": ["sliding_attention"] * 4}, CorruptFile, "layer_types has others"),
+        (
+            {"layer_types": ["sliding_attention"] * 4},
+            CorruptFile,
+            "layer_types must name chunked_attention or full",
+        ),
         ({"moe_layers": [7]}, CorruptFile, r"moe_layers is \[7\]"),
         ({"attention_chunk_size": 0}, CorruptFile, "attention_chunk_size is 0"),
         ({"floor_scale": 0.5}, CorruptFile, "floor_scale is 0.5; it is a number of tokens"),
