@@ -94,6 +94,8 @@ class CausalLM(nn.Module):
         kv.states = dict(zip(names, states, strict=True))
         hidden = self.hidden_states(token_ids, kv)
         logits = self.logits(self.final_norm(ops.take_rows(hidden, logit_rows)))
+        if logits.dtype != "float32":  # on GPUs, whose hidden states have the model's dtype
+            logits = nn.op.astype(logits, "float32")
         return (logits, kv.pages, list(kv.states.values())) if kv.states else (logits, kv.pages)
 
     def encode(
@@ -294,9 +296,10 @@ class Family:
     dimension; every other parameter has the name that Hugging Face gives it. special returns the
     rule of a parameter that is made in another way, None for all others. base_prefix is what
     those names begin with in some checkpoints and not in others; unused, what names of tensors
-    begin with that the model has no use for; unused_modules, ends of the paths of modules that MLC
-    LLM's artifacts have and ours have not. embedding: for models that make vectors of texts and
-    nothing else, how, in the words of an artifact's `embedding_metadata`.
+    begin with that the model has no use for; spellings, beginnings of names in some checkpoints and
+    what they are in the others, see `weights.names`; unused_modules, ends of the paths of modules
+    that MLC LLM's artifacts have and ours have not. embedding: for models that make vectors of
+    texts and nothing else, how, in the words of an artifact's `embedding_metadata`.
     """
 
     name: str
