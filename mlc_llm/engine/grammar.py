@@ -5,30 +5,47 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from mlc_llm.text.reasoning import ThoughtMarks
+
 GrammarKind = Literal[
-    "json_object", "json_schema", "regex", "choice", "lark", "ebnf", "structural_tag"
+    "text", "json_object", "json_schema", "regex", "choice", "lark", "ebnf", "structural_tag"
 ]
+
+
+@dataclass(frozen=True)
+class ThoughtLimit:
+    """How many tokens of thoughts an answer may have; then the text that ends them is forced.
+
+    is_open: the prompt has begun the thoughts.
+    """
+
+    max_tokens: int
+    marks: ThoughtMarks
+    is_open: bool = False
 
 
 @dataclass(frozen=True)
 class GrammarSpec:
     """What the text of an answer must match, whole.
 
-    source: for json_object nothing; for json_schema the schema as JSON text; for regex the
-    expression; for choice a JSON list of texts; for lark a grammar in llguidance's Lark syntax,
-    for ebnf one in GBNF (llama.cpp); for structural_tag the JSON text of
+    source: for text, which may be anything, and for json_object nothing; for json_schema the schema
+    as JSON text; for regex the expression; for choice a JSON list of texts; for lark a grammar in
+    llguidance's Lark syntax, for ebnf one in GBNF (llama.cpp); for structural_tag the JSON text of
     {"structures": [{"begin", "schema", "end"}, ...], "triggers": [...]}: free text, in which each
     trigger begins one of the structures.
 
     starts_after: texts, special tokens as the vocabulary spells them (such as "</think>"). Until
     the token that completes one of them the answer is free but may not end; the grammar holds for
-    what follows that token. None: it holds from the first token.
+    what follows that token, after up to two line breaks. None: it holds from the first token.
 
     continues_text: whether the answer goes on with a text of the prompt, so that a space it begins
     with is part of it.
+
+    thoughts: the limit of what is thought before the answer; None for as much as there is.
     """
 
     kind: GrammarKind
     source: str = ""
     starts_after: tuple[str, ...] | None = None
     continues_text: bool = False
+    thoughts: ThoughtLimit | None = None

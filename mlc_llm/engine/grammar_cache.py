@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from llguidance import LLMatcher
 
 from mlc_llm.engine.grammar import GrammarSpec
+from mlc_llm.engine.thinking import CompiledLimit
 from mlc_llm.errors import RequestError
 from mlc_llm.text.grammars.reader import GrammarReader
 from mlc_llm.text.grammars.vocabulary import GrammarVocabulary
@@ -20,16 +21,20 @@ _MAX_ENTRIES = 64
 # Of sources: what is compiled of them takes some times more.
 _MAX_SOURCE_CHARS = 4 << 20
 
-_Key = tuple[str, str, bool]
+_Key = tuple[str, str, bool, bool]
 
 
 @dataclass(frozen=True)
 class CompiledGrammar:
-    """A grammar at its beginning; `matcher` is copied for each sequence and not used itself."""
+    """A grammar at its beginning; `matcher` is copied for each sequence and not used itself.
 
-    matcher: LLMatcher
+    matcher: None where any text will do. thoughts: None where they have no limit.
+    """
+
+    matcher: LLMatcher | None
     vocabulary: GrammarVocabulary
     starts_after: tuple[bytes, ...]
+    thoughts: CompiledLimit | None
 
 
 class GrammarCache:
@@ -62,7 +67,8 @@ class GrammarCache:
 
         What is known already does not wait for others that are being compiled.
         """
-        if self._find(_key_of(spec)) is not None:
+        is_free = spec.kind == "text"
+        if self._reader.is_ready if is_free else self._find(_key_of(spec)) is not None:
             return self.compile(spec)
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._executor(), self.compile, spec)
@@ -72,20 +78,25 @@ class GrammarCache:
 
         Raises RequestError for what is wrong with it, what is not supported and what is too much.
         """
-        key = _key_of(spec)
-        known = self._find(key)
-        if known is None:
-            known = self._read(key)
-        if isinstance(known, str):
-            raise RequestError(known, "response_format")
+        matcher = None if spec.kind == "text" else self._matcher_of(_key_of(spec))
+        vocabulary = self._reader.vocabulary
         starts_after = tuple(text.encode() for text in spec.starts_after or () if text)
-        return CompiledGrammar(known, self._reader.vocabulary, starts_after)
+        thoughts = None if spec.thoughts is None else CompiledLimit.of(spec.thoughts, vocabulary)
+        return CompiledGrammar(matcher, vocabulary, starts_after, thoughts)
 
     def close(self) -> None:
         """End the helper process and the thread."""
         if self._thread is not None:
             self._thread.shutdown(wait=False, cancel_futures=True)
         self._reader.close()
+
+    def _matcher_of(self, key: _Key) -> LLMatcher:
+        known = self._find(key)
+        if known is None:
+            known = self._read(key)
+        if isinstance(known, str):
+            raise RequestError(known, "response_format")
+        return known
 
     def _find(self, key: _Key) -> LLMatcher | str | None:
         with self._lock:
@@ -114,11 +125,11 @@ class GrammarCache:
                 self._num_chars += num_chars
             self._entries[key] = entry
             while len(self._entries) > self._max_entries or self._num_chars > _MAX_SOURCE_CHARS:
-                (_, source, _), _ = self._entries.popitem(last=False)
+                (_, source, *_), _ = self._entries.popitem(last=False)
                 self._num_chars -= len(source)
         return entry
 
 
 def _key_of(spec: GrammarSpec) -> _Key:
     """Return what makes a difference to what is compiled."""
-    return (spec.kind, spec.source, spec.continues_text or spec.starts_after is not None)
+    return (spec.kind, spec.source, spec.continues_text, spec.starts_after is not None)

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlc_llm.engine.grammar_cache import CompiledGrammar
+from mlc_llm.engine.thinking import ThoughtCounter
 from mlc_llm.errors import RequestError
 
 if TYPE_CHECKING:
@@ -33,7 +34,8 @@ class SequenceGrammar:
     """Where one sequence is in its grammar.
 
     Before the text that the grammar starts after, everything is allowed but an end. `forced` are
-    tokens that must come next; they have been decided already, whoever appends them.
+    tokens that must come next; they have been decided already, whoever appends them. They come
+    from the grammar, or end thoughts of which there were enough.
     """
 
     def __init__(
@@ -45,7 +47,7 @@ class SequenceGrammar:
         """stop_token_ids may be chosen where the grammar allows an end or names them itself."""
         vocabulary = compiled.vocabulary
         self.forced: deque[int] = deque()
-        self._matcher = compiled.matcher.deep_copy()
+        self._matcher = None if compiled.matcher is None else compiled.matcher.deep_copy()
         self._vocabulary = vocabulary
         self._stop_ids = np.asarray(
             sorted(token for token in stop_token_ids if 0 <= token < vocabulary.end_id), np.int64
@@ -67,18 +69,23 @@ class SequenceGrammar:
         self._last_mask: _Mask | None = None
         self._last_words = self._words[:0]
         self._computing: _Job | None = None
+        self._thoughts: ThoughtCounter | None = None
+        if compiled.thoughts is not None:
+            self._thoughts = ThoughtCounter(compiled.thoughts, vocabulary)
+            self._end_thoughts(self._thoughts)
 
     @property
     def is_finished(self) -> bool:
         """Return whether the text is complete and nothing may follow."""
-        if self._is_waiting or self.forced:
+        if self._is_waiting or self.forced or self._matcher is None:
             return False
         return self._matcher.is_stopped() and not self._matcher.is_error()
 
     @property
     def needs_mask(self) -> bool:
         """Return whether a mask is to be computed before the next token can be chosen."""
-        return self._mask is None and not self._is_waiting and not self.forced
+        is_free = self._is_waiting or self._matcher is None
+        return self._mask is None and not is_free and not self.forced
 
     def note_computing(self, computing: _Job) -> None:
         """Take note of who computes the next mask."""
@@ -86,7 +93,7 @@ class SequenceGrammar:
 
     def compute_mask(self) -> None:
         """Find out which tokens may come next; takes no lock of Python's for the most of it."""
-        if not self.needs_mask:
+        if not self.needs_mask or self._matcher is None:
             return
         self._matcher.unsafe_compute_mask_ptr(*self._words_memory)
         if self._matcher.is_error():
@@ -118,8 +125,11 @@ class SequenceGrammar:
             logits[:] = self._forbidden_logit
             logits[token] = kept
             return True
+        if self._thoughts is not None and (barred := self._thoughts.barred) is not None:
+            logits[barred] = self._forbidden_logit
         if self._is_waiting:
             logits[self._stop_ids] = self._forbidden_logit
+        if self._is_waiting or self._matcher is None:
             return True
         if self._computing is not None:
             self._computing.wait()
@@ -143,20 +153,45 @@ class SequenceGrammar:
 
     def append(self, token_id: int) -> None:
         """Take note of a token of the text, and find what must follow."""
-        if self._is_waiting:
-            self._wait(token_id)
-            return
         if self.forced:
             expected = self.forced.popleft()
             assert token_id == expected, "a forced token was not chosen"
             return
-        self._mask = None
-        if not self._matcher.consume_token(token_id):
-            self._error = self._matcher.get_error()
+        self._take([token_id])
+        if self._thoughts is not None:
+            self._end_thoughts(self._thoughts)
+
+    def _take(self, token_ids: list[int]) -> None:
+        """Go on by tokens that come now or must come next, and by what the grammar forces then."""
+        matched = token_ids
+        while self._is_waiting and matched:
+            self._wait(matched[0])
+            matched = matched[1:]
+        forced: list[int] = []
+        if self._matcher is not None and matched:
+            self._mask = None
+            if not self._matcher.consume_tokens(matched):
+                self._error = self._matcher.get_error()
+                return
+            forced = self._matcher.compute_ff_tokens()
+            if forced and self._matcher.consume_tokens(forced):
+                self.forced.extend(forced)
+        if self._thoughts is not None:
+            for token in (*token_ids, *forced):
+                self._thoughts.append(token)
+            if self._thoughts.is_over:
+                self._thoughts = None
+
+    def _end_thoughts(self, thoughts: ThoughtCounter) -> None:
+        """Force the end of thoughts of which there were enough, where it may come."""
+        if not thoughts.must_end or self.forced:
             return
-        forced = self._matcher.compute_ff_tokens()
-        if forced and self._matcher.consume_tokens(forced):
-            self.forced.extend(forced)
+        closing = list(thoughts.limit.closing)
+        if self._matcher is not None and not self._is_waiting:
+            if self._matcher.validate_tokens(closing) < len(closing):
+                return  # inside of a character, which the next tokens complete
+        self.forced.extend(closing)
+        self._take(closing)
 
     def _wait(self, token_id: int) -> None:
         """Look whether the text that the grammar starts after has come."""

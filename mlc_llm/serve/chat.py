@@ -140,6 +140,7 @@ async def start_chat(
         content_grammar=grammar_of(request.response_format),
         splits_reasoning=request.separate_reasoning is not False,
         holds_calls=not request.stream,
+        max_thoughts=request.thinking_token_budget,
     )
     engine_id = request.request_id or request_id
     with renamed(plan.grammar_param):
@@ -164,7 +165,10 @@ async def count_prompt_tokens(model: ServedModel, request: ChatCompletionRequest
 
 def _prompt_of(model: ServedModel, request: ChatCompletionRequest) -> Prompt:
     wishes = reasoning_variables(
-        model.prompts.template_text, request.reasoning_effort, request.enable_thinking
+        model.prompts.template_text,
+        request.reasoning_effort,
+        request.enable_thinking,
+        request.thinking_token_budget,
     )
     return model.prompts.build(
         template_messages(request.messages),

@@ -193,11 +193,13 @@ def reasoning_variables(
     template: str | None,
     effort: ReasoningEffort | None,
     enable_thinking: bool | None,
+    max_thoughts: int | None = None,
 ) -> dict[str, Any]:
     """Return the variables of a chat template by which it asks for more or less reasoning.
 
-    Raises RequestError where the template has no such variable, except for asking a model that
-    does not reason not to.
+    max_thoughts: tokens of reasoning that are wanted; where nothing else says whether the model is
+    to reason, it is unless that is 0. Raises RequestError where the template has no such variable,
+    except for asking a model that does not reason not to.
     """
     assert effort is None or effort in get_args(ReasoningEffort)
     source = template or ""
@@ -215,13 +217,15 @@ def reasoning_variables(
                 "much it reasons; leave it out",
                 "reasoning_effort",
             )
+    names = [name for name in ("enable_thinking", "thinking") if _has_word(source, name)]
+    if names and max_thoughts is not None and effort is None and enable_thinking is None:
+        enable_thinking = max_thoughts > 0
     if enable_thinking is not None:
         if variables.get("enable_thinking", enable_thinking) != enable_thinking:
             raise RequestError(
                 f"enable_thinking is {enable_thinking}, reasoning_effort {effort!r}; give one",
                 "enable_thinking",
             )
-        names = [name for name in ("enable_thinking", "thinking") if _has_word(source, name)]
         if names:
             variables[names[0]] = enable_thinking
         elif enable_thinking:

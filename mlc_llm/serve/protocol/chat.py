@@ -28,7 +28,8 @@ class ChatCompletionRequest(GenerationRequest):
     Beyond OpenAI's: chat_template_kwargs, variables for the model's chat template;
     add_generation_prompt, false to end the prompt with the last message; continue_final_message,
     true to go on writing the last message, one of the assistant's; enable_thinking, whether the
-    model is to reason; separate_reasoning, false to leave reasoning in the content;
+    model is to reason; thinking_token_budget, how many tokens of reasoning an answer may have, then
+    its end is forced; separate_reasoning, false to leave reasoning in the content;
     include_reasoning, false to leave it out of the answer.
     """
 
@@ -38,6 +39,7 @@ class ChatCompletionRequest(GenerationRequest):
     parallel_tool_calls: StrictBool | None = None
     reasoning_effort: ReasoningEffort | None = None
     enable_thinking: StrictBool | None = None
+    thinking_token_budget: Annotated[int, whole(0)] | None = None
     separate_reasoning: StrictBool | None = None
     include_reasoning: StrictBool | None = None
     max_tokens: Annotated[int, whole(1)] | None = Field(

@@ -57,8 +57,17 @@ class GrammarReader:
         except (ChildError, RequestError):
             return  # the first request that needs it is told why
 
-    def read(self, kind: str, source: str, continues_text: bool) -> LLMatcher:
+    @property
+    def is_ready(self) -> bool:
+        """Return whether the vocabulary is there."""
+        return self._vocabulary is not None
+
+    def read(
+        self, kind: str, source: str, continues_text: bool, has_gap: bool = False
+    ) -> LLMatcher:
         """Return a matcher before its first token; see `GrammarSpec` for the arguments.
+
+        has_gap: up to two line breaks may come before the text, which goes on after others.
 
         Takes at most some seconds. Raises RequestError for what is wrong, unsupported or too much.
         """
@@ -66,7 +75,10 @@ class GrammarReader:
         parts = read_source(kind, source, vocabulary)
         if kind == "ebnf":
             parts[0]["lark_grammar"] = self._try(source, is_ebnf=True)
-        grammar = join_parts(parts, vocabulary.drops_first_space and not continues_text)
+        is_first = not (continues_text or has_gap)
+        grammar = join_parts(
+            parts, has_first_space=vocabulary.drops_first_space and is_first, has_gap=has_gap
+        )
         self._try(grammar, is_ebnf=False)
         matcher = LLMatcher(vocabulary.inner, grammar, log_level=0, limits=parser_limits())
         _check_first_token(matcher, vocabulary)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -47,10 +46,15 @@ def read_source(kind: str, source: str, vocabulary: GrammarVocabulary) -> list[_
     return _structural_tag(source, vocabulary)
 
 
-def join_parts(parts: list[_Part], has_first_space: bool) -> str:
-    """Return the grammar of parts; has_first_space: before the text is a space that is dropped."""
+def join_parts(parts: list[_Part], *, has_first_space: bool = False, has_gap: bool = False) -> str:
+    """Return the grammar of parts.
+
+    has_first_space: before the text is a space that is dropped. has_gap: there may be line breaks.
+    """
     if has_first_space:
         parts = [_lark_part("with_space", f'start: " " @{_ANSWER}'), *parts]
+    elif has_gap:
+        parts = [_lark_part("with_gap", f"start: GAP? @{_ANSWER}\nGAP: /\\n{{1,2}}/"), *parts]
     return json.dumps({"grammars": parts})
 
 
@@ -114,20 +118,17 @@ class _Literals:
 
     def __init__(self, vocabulary: GrammarVocabulary) -> None:
         self._ids: Mapping[str, int] = vocabulary.special_ids_by_text
-        longest_first = sorted(self._ids, key=len, reverse=True)
-        self._split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+        self._split = vocabulary.split_special
 
     def has_special(self, text: str) -> bool:
         """Return whether a special token is in the text."""
-        return bool(self._ids) and self._split.search(text) is not None
+        return any(piece in self._ids for piece in self._split(text))
 
     def read(self, text: str) -> str:
         """Return a text as Lark writes it, "" for an empty one."""
-        pieces = self._split.split(text) if self._ids else [text]
         return " ".join(
             f"<[{self._ids[piece]}]>"
             if piece in self._ids
             else json.dumps(piece, ensure_ascii=False)
-            for piece in pieces
-            if piece
+            for piece in self._split(text)
         )

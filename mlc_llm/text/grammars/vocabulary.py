@@ -5,6 +5,7 @@ Knows every kind of tokenizer we read through `Tokenizer` alone.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from functools import cached_property
 from typing import Any
@@ -78,6 +79,29 @@ class GrammarVocabulary:
             if len(passed) > 2 * len(anchor):
                 break
         return self._longest_matches(wanted)
+
+    def split_special(self, text: str) -> list[str]:
+        """Return the pieces of a text: spellings of special tokens, and what is between them."""
+        return [piece for piece in self._special_spelling.split(text) if piece]
+
+    def encode_marked(self, text: str) -> list[int]:
+        """Return tokens of a text, in which spellings of special tokens stand for those."""
+        ids: list[int] = []
+        for piece in self.split_special(text):
+            special = self.special_ids_by_text.get(piece)
+            ids += self.encode(piece) if special is None else [special]
+        return ids
+
+    def ids_that_begin(self, text: str) -> list[int]:
+        """Return the tokens, other than special ones, that a text may begin with."""
+        wanted = text.encode()
+        found = (self._ids_by_bytes.get(wanted[:end]) for end in range(1, len(wanted) + 1))
+        return [token for token in found if token is not None]
+
+    @cached_property
+    def _special_spelling(self) -> re.Pattern[str]:
+        longest_first = sorted(self.special_ids_by_text, key=len, reverse=True)
+        return re.compile("(" + ("|".join(map(re.escape, longest_first)) or "(?!)") + ")")
 
     def _is_exact(self, ids: list[int], wanted: bytes) -> bool:
         if any(token in self._special_ids or token >= len(self._bytes) for token in ids):
