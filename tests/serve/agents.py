@@ -33,6 +33,7 @@ from mlc_llm.text.grammars.vocabulary import GrammarVocabulary
 from mlc_llm.text.prompt import PromptBuilder
 from mlc_llm.text.tokenizer import Tokenizer
 from mlc_llm.text.tool_calls.registry import format_names, get_format
+from mlc_llm.text.tool_calls.tools import WrittenCall
 
 SPECIAL = [
     *dict.fromkeys(text for name in format_names() for text in get_format(name).shape.special)
@@ -75,6 +76,19 @@ TOOLS: list[Any] = [
         },
     },
 ]
+
+WEATHER = WrittenCall("get_weather", '{"city": "Paris \\"x\\""}')
+ADD = WrittenCall("add", '{"a": 1, "b": 2}')
+
+
+def replies_of(name: str) -> list[str]:
+    """Return a call, then another one, then an answer, as the format has them."""
+    write = get_format(name).shape.write
+    said = "It is sunny, and 3."
+    if name == "gpt_oss":
+        thought = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant"
+        return [thought + write([WEATHER]), write([ADD]), f"<|channel|>final<|message|>{said}"]
+    return [write([WEATHER]), write([ADD]), said]
 
 
 class ScriptedRunner(FakeRunner):

@@ -8,7 +8,19 @@ from typing import Any
 
 import openai
 import pytest
-from agents import TEMPLATE, TOKENIZER, TOOLS, agent_model, agent_server, ask, run_agent, run_tool
+from agents import (
+    ADD,
+    TEMPLATE,
+    TOKENIZER,
+    TOOLS,
+    WEATHER,
+    agent_model,
+    agent_server,
+    ask,
+    replies_of,
+    run_agent,
+    run_tool,
+)
 from small_tokenizers import CHATML_TEMPLATE
 from tool_replies import BAITS
 
@@ -17,19 +29,7 @@ from mlc_llm.serve.catalog import ServedModels
 from mlc_llm.text.tool_calls.registry import format_names, get_format
 from mlc_llm.text.tool_calls.tools import WrittenCall
 
-WEATHER = WrittenCall("get_weather", '{"city": "Paris \\"x\\""}')
-ADD = WrittenCall("add", '{"a": 1, "b": 2}')
 QUESTION = [{"role": "user", "content": "How are things?"}]
-
-
-def replies_of(name: str) -> list[str]:
-    """Return a call, then another one, then an answer, as the format has them."""
-    write = get_format(name).shape.write
-    said = "It is sunny, and 3."
-    if name == "gpt_oss":
-        thought = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant"
-        return [thought + write([WEATHER]), write([ADD]), f"<|channel|>final<|message|>{said}"]
-    return [write([WEATHER]), write([ADD]), said]
 
 
 @pytest.mark.parametrize("name", format_names())
