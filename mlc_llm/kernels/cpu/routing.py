@@ -254,6 +254,13 @@ def weigh(top_k: int, width: int) -> Any:
     """
     lanes = vector_lanes(width)
 
+    @T.macro
+    def one_pair(y: T.handle, weights: T.handle, out: T.handle, pair: T.int32) -> None:
+        for i in T.serial(width // lanes):
+            out[pair, span(i * lanes, lanes)] = y[pair, span(i * lanes, lanes)] * splat(
+                weights[pair // top_k, pair % top_k], lanes
+            )
+
     @T.prim_func(private=True, s_tir=True)
     def weigh_kernel(y_handle: T.handle, weights_handle: T.handle, out_handle: T.handle) -> None:
         T.func_attr({"tirx.noalias": True})
@@ -262,11 +269,12 @@ def weigh(top_k: int, width: int) -> Any:
         y = T.match_buffer(y_handle, (pairs, width), "float32")
         weights = T.match_buffer(weights_handle, (n, top_k), "float32")
         out = T.match_buffer(out_handle, (pairs, width), "float32")
-        for pair in T.serial(pairs):
-            for i in T.serial(width // lanes):
-                out[pair, span(i * lanes, lanes)] = y[pair, span(i * lanes, lanes)] * splat(
-                    weights[pair // top_k, pair % top_k], lanes
-                )
+        if n < _PARALLEL_TOKENS:
+            for pair in T.serial(pairs):
+                one_pair(y, weights, out, pair)
+        else:
+            for pair in T.parallel(pairs):
+                one_pair(y, weights, out, pair)
 
     return weigh_kernel
 
