@@ -18,10 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlc_llm.errors import DeviceError, OptionError
+from mlc_llm.gpus import GPU_KINDS, find_gpu, gpus_of
 
-# Order of automatic detection; the first that is found and supported wins.
-DEVICE_NAMES = ("cuda", "rocm", "metal", "vulkan", "opencl", "cpu")
-SUPPORTED_DEVICES = ("cpu",)
+# Order of automatic detection; the first that is found wins. OpenCL's GPUs, often no faster than
+# the CPU, are taken where they are asked for.
+DEVICE_NAMES, _BY_NAME_ONLY = (*GPU_KINDS, "cpu"), ("opencl",)
 _PROC, _CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 _CPUS = Path("/sys/devices/system/cpu")
 
@@ -87,6 +88,14 @@ class Device:
     def __str__(self) -> str:
         return f"{self.name}:{self.id}"
 
+    @property
+    def is_gpu(self) -> bool:
+        """Return whether code runs on a GPU, in memory of its own."""
+        return self.name != "cpu"
+
+
+CPU = Device("cpu")
+
 
 @dataclass(frozen=True)
 class DeviceReport:
@@ -134,24 +143,31 @@ class HostCPU:
 
 
 def parse_device(text: str) -> Device:
-    """Turn `auto`, `cpu`, `cpu:0` or the name of a CPU into a device of this machine.
+    """Turn `auto`, `cpu`, `cuda:1` or the name of a CPU into a device of this machine.
 
     Raises OptionError for what is no device name, DeviceError for a device we cannot use here.
     """
     if text == "auto":
-        return Device("cpu")
+        return detect_device()
     match = re.fullmatch(r"([a-z]+)(?::(\d+))?", text)
     if match is None or match[1] not in DEVICE_NAMES:
         _require_host(text, parse_cpu(text))
-        return Device("cpu")
+        return CPU
     device = Device(match[1], int(match[2] or 0))
-    if device.name not in SUPPORTED_DEVICES:
-        raise DeviceError(
-            f"device {device.name!r} is not supported by this release; use --device cpu"
-        )
-    if device.id != 0:
+    if device.is_gpu:
+        try:
+            find_gpu(device.name, device.id)
+        except DeviceError as error:
+            raise DeviceError(f"device {text!r}: {error}; or use --device cpu") from None
+    elif device.id != 0:
         raise DeviceError(f"device {device} does not exist: all CPU cores are cpu:0")
     return device
+
+
+def detect_device() -> Device:
+    """Return the first device that is found, in the order of `DEVICE_NAMES`."""
+    names = [report.name for report in detect_devices() if report.found]
+    return Device(next(name for name in names if name not in _BY_NAME_ONLY))
 
 
 def parse_target(text: str, others: Iterable[str] = ()) -> TargetCPU:
@@ -161,7 +177,8 @@ def parse_target(text: str, others: Iterable[str] = ()) -> TargetCPU:
     """
     name = text.partition(":")[0]
     if name == "auto" or name in DEVICE_NAMES:
-        parse_device(text)
+        if parse_device(text).is_gpu and name != "auto":
+            raise OptionError(f"device {text!r} is no CPU; use cpu or the name of one")
         return host_cpu().target
     return parse_cpu(text, others)
 
@@ -229,33 +246,15 @@ def _require_host(text: str, cpu: TargetCPU) -> None:
 
 def detect_devices() -> list[DeviceReport]:
     """Report on every kind of device, in the order of automatic detection."""
-    cpu = host_cpu()
-    reports = []
-    for name in DEVICE_NAMES:
-        if name == "cpu":
-            detail = f"{cpu.model}, {cpu.physical_cores} cores, {' '.join(cpu.isa)}"
-            reports.append(DeviceReport(name, True, detail))
-        else:
-            seen = _driver_of(name)
-            detail = "no driver found"
-            if seen is not None:
-                detail = f"driver {seen} found, but this release cannot use the device yet"
-            reports.append(DeviceReport(name, False, detail))
-    return reports
-
-
-def _driver_of(name: str) -> str | None:
-    import ctypes.util
-
-    library = {
-        "cuda": "cuda",
-        "rocm": "amdhip64",
-        "vulkan": "vulkan",
-        "opencl": "OpenCL",
-    }.get(name)
-    if name == "metal":
-        return "Metal" if platform.system() == "Darwin" else None
-    return ctypes.util.find_library(library) if library else None
+    cpu, reports = host_cpu(), []
+    for kind in GPU_KINDS:
+        try:
+            names = [f"{gpu.name} ({gpu.kind}:{gpu.id})" for gpu in gpus_of(kind)]
+            reports.append(DeviceReport(kind, True, ", ".join(names)))
+        except DeviceError as error:
+            reports.append(DeviceReport(kind, False, str(error)))
+    detail = f"{cpu.model}, {cpu.physical_cores} cores, {' '.join(cpu.isa)}"
+    return [*reports, DeviceReport("cpu", True, detail)]
 
 
 @functools.cache

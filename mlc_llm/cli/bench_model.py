@@ -91,7 +91,7 @@ def load_subject(
         config = read_chat_config(artifact)
         library, compile_s = _library_of(subject, artifact, caches, progress)
         start = time.perf_counter()
-        loaded = load_library(library)
+        loaded = load_library(library, subject.device, progress.message)
         metadata = loaded.metadata
         check_library(metadata, config, subject.overrides, str(library))
         check_workloads(workloads, metadata, _memory_bytes())

@@ -121,12 +121,12 @@ def chat(
 
 def _check_early(device: str, opt: str, sampling: dict[str, Any]) -> None:
     """Raise for values that would be refused only after a download or a conversion."""
-    from mlc_llm.compiler.target import describe_target
+    from mlc_llm.compiler.target import describe_any_target
     from mlc_llm.device import parse_device
     from mlc_llm.engine.sampling import SamplingParams
 
     parse_device(device)
-    describe_target(device, opt)
+    describe_any_target(device, opt)
     SamplingParams(**sampling)
 
 

@@ -92,7 +92,7 @@ def _check_early(
     caches: Caches, quantization: str | None, device: str, opt: str, *, is_converted: bool
 ) -> None:
     """Raise for what would be refused only after a download."""
-    from mlc_llm.compiler.target import describe_target
+    from mlc_llm.compiler.target import describe_any_target
     from mlc_llm.device import parse_device
     from mlc_llm.prepare.cache import CachePolicy
     from mlc_llm.quantization.schemes import get_scheme
@@ -100,7 +100,7 @@ def _check_early(
     if quantization is not None:
         get_scheme(quantization)
     parse_device(device)
-    describe_target(device, opt)
+    describe_any_target(device, opt)
     variables = {"MLC_DOWNLOAD_CACHE_POLICY": caches.download_policy}
     if is_converted:
         variables["MLC_JIT_POLICY"] = caches.jit_policy

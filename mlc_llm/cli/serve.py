@@ -262,11 +262,11 @@ def _is_loopback(host: str) -> bool:
 
 def _check_early(device: str, opt: str) -> None:
     """Raise for values that would be refused only after a download or a conversion."""
-    from mlc_llm.compiler.target import describe_target
+    from mlc_llm.compiler.target import describe_any_target
     from mlc_llm.device import parse_device
 
     parse_device(device)
-    describe_target(device, opt)
+    describe_any_target(device, opt)
 
 
 def _serve(

@@ -15,16 +15,18 @@ from tvm import relax
 
 from mlc_llm.artifact import ChatConfig, LibraryMetadata, TensorSpec
 from mlc_llm.compiler.browser.limits import check_buffers
-from mlc_llm.compiler.gpu import gpu_phases, temporary_of_all
+from mlc_llm.compiler.cuda_code import making_machine_code, require_compiler
+from mlc_llm.compiler.gpu import HOST_SAMPLE, gpu_phases, sample_on_host, temporary_of_all
 from mlc_llm.compiler.output import CompiledModel
 from mlc_llm.compiler.pipeline import PACK_FUNCTION, num_packed, phases, temporary_bytes
 from mlc_llm.compiler.tables import lookup_tables
-from mlc_llm.compiler.target import describe_any_target, is_gpu
+from mlc_llm.compiler.target import describe_any_target, is_for_others, is_gpu
 from mlc_llm.errors import CompileError, OptionError, UnsupportedModel
 from mlc_llm.kernels.cpu.isa import find_bf16_isa, find_isa
 from mlc_llm.models.base import STEP_ENTRIES, CausalLM, Family
 from mlc_llm.models.cache_entries import STEP_ENTRIES as CACHE_STEP_ENTRIES
 from mlc_llm.models.cache_entries import CacheEntries
+from mlc_llm.models.gpu_entries import FORWARD, FORWARD_SINGLE, GPUEntries
 from mlc_llm.models.registry import get_family
 from mlc_llm.models.vision import IMAGE_ENTRY
 from mlc_llm.quantization.apply import build_quantized
@@ -39,6 +41,8 @@ class CompileOptions:
 
     host: the LLVM triple of the system that the library is for, "auto" for what the device implies.
     The override `model_task` ("chat" or "embedding") goes before the model's own task.
+    system_prefix: what the names of functions begin with that are linked into a program with other
+    models', None for a library of its own.
     """
 
     device: str = "auto"
@@ -46,6 +50,7 @@ class CompileOptions:
     overrides: Mapping[str, Any] = field(default_factory=dict)
     debug_dump: Path | None = None
     host: str = "auto"
+    system_prefix: str | None = None
 
 
 def compile_model(
@@ -83,6 +88,7 @@ def compile_model(
             f"quantization {scheme.name} has numbers in bfloat16, which kernels for GPUs do not "
             "compute in yet; use one of float16 or float32, such as q4f16_1"
         )
+    require_compiler(described["target"])
 
     progress("export")
     int8_isa = bf16_isa = None
@@ -103,8 +109,9 @@ def compile_model(
     mod["_metadata"] = _constant_function(metadata.to_json())
     progress("generate code")
     with _stage_errors("code generation"):
-        executable = relax.build(mod, target, relax_pipeline=None)
-    return CompiledModel(metadata, executable, (STEP_ENTRIES[task],), IMAGE_ENTRY)
+        executable = _build(mod, target, options.system_prefix)
+    steps = (STEP_ENTRIES[task],)
+    return CompiledModel(metadata, executable, steps, IMAGE_ENTRY, options.system_prefix or "")
 
 
 def _compile_for_gpu(
@@ -115,21 +122,26 @@ def _compile_for_gpu(
     options: CompileOptions,
     progress: Callable[[str], None],
 ) -> CompiledModel:
-    """Compile a model's entries over TVM's cache. Raises UnsupportedModel or CompileError."""
-    target = tvm.target.Target(described["target"])
+    """Compile for our engine, or over TVM's cache for the programs of others.
+
+    Raises UnsupportedModel or CompileError.
+    """
+    target, for_others = tvm.target.Target(described["target"]), is_for_others(described["target"])
     try:
         if target.kind.name == "webgpu":
             named = model.named_parameters()
             check_buffers(specs_of(named), model.kv_layout(), model.config.context_window_size)
         with target:
-            mod, parameters = model.export_tvm(CacheEntries(model).export_spec())
+            entries = CacheEntries(model) if for_others else GPUEntries(model)
+            mod, parameters = model.export_tvm(entries.export_spec())
     except UnsupportedModel as error:
         raise UnsupportedModel(f"{family.name} for {options.device}: {error}") from None
     chunk, batch = model.config.prefill_chunk_size, model.config.max_batch_size
+    bounds = {"n": max(chunk, batch), "b": batch, "num_starts": batch + 1, "r": batch}
     temporary: dict[str, int] = {}
     _dump(options.debug_dump, 0, "export", mod)
     with _stage_errors("lowering"), target:
-        for index, (name, passes) in enumerate(gpu_phases({"n": chunk, "b": batch}), 1):
+        for index, (name, passes) in enumerate(gpu_phases(bounds), 1):
             progress(name.replace("_", " "))
             mod = tvm.transform.Sequential(passes, name=name)(mod)
             _dump(options.debug_dump, index, name, mod)
@@ -137,10 +149,13 @@ def _compile_for_gpu(
                 temporary = temporary_of_all(mod)
     metadata = describe(config, family, model, "chat", parameters, temporary, described)
     mod["_metadata"] = _constant_function(metadata.to_json())
+    if not for_others:
+        mod[HOST_SAMPLE] = sample_on_host(target)
     progress("generate code")
-    with _stage_errors("code generation"):
-        executable = relax.build(mod, target, relax_pipeline=None)
-    return CompiledModel(metadata, executable, CACHE_STEP_ENTRIES)
+    with _stage_errors("code generation"), making_machine_code(described["target"]):
+        executable = _build(mod, target, options.system_prefix)
+    steps = CACHE_STEP_ENTRIES if for_others else (FORWARD, FORWARD_SINGLE)
+    return CompiledModel(metadata, executable, steps, None, options.system_prefix or "")
 
 
 def _lower(
@@ -172,6 +187,18 @@ def _lower(
                 for function in (entry, *others, PACK_FUNCTION)
             }
     return mod, temporary, num_image_params
+
+
+def _build(mod: tvm.IRModule, target: tvm.target.Target, prefix: str | None) -> Any:
+    """Return the executable of a lowered module, whose functions are named with the prefix."""
+    if prefix is not None:
+        # AttachGlobalSymbol, which would do it, fails on kernels of TVM 0.27 that have branches.
+        for var, function in mod.functions_items():
+            if isinstance(function, tvm.tirx.PrimFunc):
+                name = prefix + str(function.attrs["global_symbol"])
+                mod[var] = function.with_attr("global_symbol", name)
+        mod = mod.with_attr("system_lib_prefix", prefix)
+    return relax.build(mod, target, relax_pipeline=None)
 
 
 def _dump(directory: Path | None, index: int, name: str, mod: tvm.IRModule) -> None:

@@ -15,6 +15,10 @@ from tvm.relax import transform
 from tvm.s_tir import dlight
 
 from mlc_llm.compiler.pipeline import temporary_bytes
+from mlc_llm.kernels.cpu.sampling import sample
+
+# The kernel that chooses tokens, which runs on the CPU: logits are read back in any case.
+HOST_SAMPLE = "sample_on_host"
 
 # Shapes of hidden states change without a kernel: the virtual machine makes a view.
 _FUSE = [
@@ -61,6 +65,17 @@ def schedule_rules() -> Any:
         rules.GeneralReduction(),
         rules.Fallback(),
     )
+
+
+def sample_on_host(target: tvm.target.Target) -> Any:
+    """Return the kernel that chooses tokens, for the CPU that a GPU goes with."""
+    attributes = {
+        "global_symbol": HOST_SAMPLE,
+        "target": target.host,
+        "tirx.is_scheduled": True,
+        "tirx.is_host_func": True,
+    }
+    return sample().with_attr(attributes)
 
 
 def bound_all_sizes(bounds: Mapping[str, int]) -> Any:

@@ -5,14 +5,13 @@ Does not import TVM.
 
 from __future__ import annotations
 
-import ctypes
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from mlc_llm.errors import DeviceError, OptionError
+from mlc_llm.gpus import cuda_architecture
 
 # NVIDIA's architectures that TVM's CUDA code runs on, and a GPU of each.
 CUDA_ARCHITECTURES = {
@@ -29,7 +28,6 @@ CUDA_ARCHITECTURES = {
 # Devices that libraries are made for and no machine finds among its own.
 COMPILED_ONLY = ("webgpu", "android", "iphone")
 _ROCM_LIBRARIES = Path("/opt/rocm/amdgcn/bitcode")
-_COMPUTE_MAJOR, _COMPUTE_MINOR = 75, 76  # of CUdevice_attribute
 _SHARED_BYTES = 49152  # of a CUDA block, without asking for more
 
 
@@ -132,19 +130,3 @@ def _require_no_detail(device: str, detail: str) -> None:
 def _refuse_index(device: str, detail: str) -> None:
     if detail and not detail.isdigit():
         raise OptionError(f"device {device!r}: {detail!r} is no number of a device")
-
-
-def cuda_architecture(index: int) -> str | None:
-    """Return the architecture of an NVIDIA GPU of this machine, as in sm_90, None without it."""
-    library = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
-    try:
-        driver = ctypes.CDLL(library)
-    except OSError:
-        return None
-    device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
-    codes = [driver.cuInit(0), driver.cuDeviceGet(ctypes.byref(device), index)]
-    for number, attribute in ((major, _COMPUTE_MAJOR), (minor, _COMPUTE_MINOR)):
-        codes.append(driver.cuDeviceGetAttribute(ctypes.byref(number), attribute, device))
-    if any(codes):
-        return None
-    return f"sm_{major.value}{minor.value}"

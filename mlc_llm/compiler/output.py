@@ -10,11 +10,13 @@ import tarfile
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mlc_llm.artifact import LibraryMetadata, write_atomically
 from mlc_llm.compiler.browser.link import link_wasm
+from mlc_llm.compiler.cuda_code import pack_machine_code
 from mlc_llm.compiler.linkers import find_linker
 from mlc_llm.compiler.target import check_form, host_of
 from mlc_llm.errors import CompileError
@@ -27,13 +29,15 @@ _MIB = 1 << 20
 class CompiledModel:
     """A compiled library in memory, and what it says of itself.
 
-    step_entries: the functions that run a step.
+    step_entries: the functions that run a step. system_prefix: what names of functions begin with,
+    and of files that are packed with other models' then.
     """
 
     metadata: LibraryMetadata
     executable: Any
     step_entries: tuple[str, ...]
     image_entry: str | None = None
+    system_prefix: str = ""
 
     def save(self, path: Path, cache: Path, progress: Callable[[str], None]) -> None:
         """Write the library in the form that the suffix of `path` says.
@@ -73,12 +77,23 @@ class CompiledModel:
         linker = find_linker(host_of(self.metadata.target)["mtriple"], path)
         temporary = path.with_name(f".{path.name}.tmp{path.suffix}")
         try:
-            self.executable.export_library(str(temporary), cc=linker)
+            self._export(temporary, cc=linker)
             temporary.replace(path)
         except RuntimeError as error:
             raise CompileError(f"linking {path} with {linker} failed: {error}") from None
         finally:
             temporary.unlink(missing_ok=True)
+
+    def memory_bytes(self) -> int:
+        """Return what the model takes in all, with one conversation as long as it may be."""
+        usage, kv = self.metadata.memory_usage, self.metadata.kv_cache
+        stored = [*self.metadata.params, *self.metadata.states]
+        return (
+            sum(spec.size_bytes for spec in stored)
+            + max(usage.get(entry, 0) for entry in self.step_entries)
+            + usage.get(self.image_entry or "", 0)
+            + kv.bytes_per_token * self.metadata.context_window_size
+        )
 
     def memory_plan(self) -> str:
         """Return the bytes of parameters, temporaries, KV and states for people to read."""
@@ -98,11 +113,11 @@ class CompiledModel:
         if self.image_entry in usage:
             of_image = usage[self.image_entry]
             lines.append(f"reading an image  {_mib(of_image)}")
-            temporary += of_image
         if state:
             lines.append(f"recurrent state   {_mib(state)}  a sequence")
-        total = parameters + temporary + kv_token * context + state
-        lines.append(f"in all            {_mib(total)}  (context of {context} tokens)")
+        lines.append(
+            f"in all            {_mib(self.memory_bytes())}  (context of {context} tokens)"
+        )
         return "\n".join(lines)
 
     def _write_objects(self, directory: Path) -> list[Path]:
@@ -110,11 +125,18 @@ class CompiledModel:
 
         def copy(_: str, files: list[str], **__: Any) -> None:
             for name in files:
-                written.append(directory / Path(name).name)
+                own = Path(name).name.removeprefix(self.system_prefix)
+                written.append(directory / f"{self.system_prefix}{own}")
                 shutil.copy(name, written[-1])
 
-        self.executable.export_library(str(directory / "library.o"), fcompile=copy)
+        self._export(directory / "library.o", fcompile=copy)
         return written
+
+    def _export(self, path: Path, **how: Any) -> None:
+        target = self.metadata.target
+        if target["kind"] == "cuda":
+            how["fpack_imports"] = partial(pack_machine_code, target["arch"])
+        self.executable.export_library(str(path), **how)
 
 
 def _mib(size: int) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mlc_llm.compiler.gpu_targets import COMPILED_ONLY, gpu_target
-from mlc_llm.device import TargetCPU, host_cpu, parse_target
+from mlc_llm.device import TargetCPU, host_cpu, parse_device, parse_target
 from mlc_llm.errors import OptionError
 
 # Optimisation level -> LLVM's. O2 is the default everywhere.
@@ -50,11 +50,17 @@ def describe_target(device: str, opt: str, others: Sequence[str] = ()) -> dict[s
     return {"target": target, "isa": [cpu.arch, *cpu.isa], "activations": activations}
 
 
+def resolve(device: str) -> str:
+    """Return the name of a device: of what is found here for `auto`, all others as they are."""
+    return str(parse_device(device)) if device == "auto" else device
+
+
 def describe_any_target(device: str, opt: str, host: str = "auto") -> dict[str, Any]:
     """Return what `describe_target` does, for GPUs and for other systems too.
 
     host: the LLVM triple of the system that the library is for. Raises OptionError or DeviceError.
     """
+    device = resolve(device)
     gpu = gpu_target(device)
     if gpu is None:
         described = describe_target(device, opt, COMPILED_ONLY)
@@ -107,6 +113,12 @@ def _checked_triple(triple: str, arch: str, device: str) -> str:
 def is_gpu(target: dict[str, Any]) -> bool:
     """Return whether a target is a GPU's."""
     return str(target["kind"]) != "llvm"
+
+
+def is_for_others(target: dict[str, Any]) -> bool:
+    """Return whether programs of others run libraries for a GPU: browsers' and phones' do."""
+    triple = str(host_of(target)["mtriple"])
+    return triple.startswith("wasm") or triple.endswith(("-android", "-ios"))
 
 
 def host_of(target: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlc_llm.artifact import ChatConfig, read_chat_config
-from mlc_llm.device import parse_device
 from mlc_llm.engine.encoder import Encoder, pages_for_encoding, read_pooling
 from mlc_llm.errors import (
     ContextTooLong,
@@ -192,10 +191,9 @@ def open_embedding_model(
     from mlc_llm.runtime.model import CompiledRunner
     from mlc_llm.runtime.parameters import load_parameters
 
-    parse_device(device)
     config = read_chat_config(artifact)
     tokenizer = Tokenizer.load(artifact)
-    loaded = load_library(library)
+    loaded = load_library(library, device, progress)
     metadata = loaded.metadata
     expected = {key: value for key, value in (overrides or {}).items() if key != "model_task"}
     check_library(metadata, config, expected, str(library), "embedding")

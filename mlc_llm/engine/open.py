@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mlc_llm.artifact import CHAT_CONFIG_NAME, ChatConfig, LibraryMetadata, read_chat_config
-from mlc_llm.device import free_memory_bytes, parse_device
+from mlc_llm.device import free_memory_bytes
 from mlc_llm.engine.capacity import MemoryPlan, plan_memory
 from mlc_llm.engine.config import EngineConfig
 from mlc_llm.engine.engine import Engine
@@ -19,6 +19,7 @@ from mlc_llm.images.inputs import ImageInputs
 from mlc_llm.images.processing import ImageProcessing
 from mlc_llm.images.reader import ImageReader
 from mlc_llm.images.tiles import TileProcessing
+from mlc_llm.runtime.gpu_memory import free_gpu_bytes
 from mlc_llm.runtime.library import load_library
 from mlc_llm.text.grammars.vocabulary import GrammarVocabulary
 from mlc_llm.text.prompt import PromptBuilder, load_template
@@ -80,13 +81,12 @@ def open_model(
     from mlc_llm.runtime.model import CompiledRunner
     from mlc_llm.runtime.parameters import load_parameters
 
-    parse_device(device)
     config = read_chat_config(artifact)
     template = load_template(artifact, config)
     if template is not None:
         template.start()  # ready when the tokenizer is
     tokenizer = Tokenizer.load(artifact)
-    loaded = load_library(library)
+    loaded = load_library(library, device, progress)
     metadata = loaded.metadata
     check_library(metadata, config, overrides or {}, str(library))
     images = _image_reader(metadata, config, tokenizer, artifact)
@@ -99,7 +99,7 @@ def open_model(
         tool_parser=engine_config.tool_parser,
         reasoning_parser=engine_config.reasoning_parser,
     )
-    free_bytes = free_memory_bytes()
+    free_bytes = free_gpu_bytes(loaded.device) if loaded.device.is_gpu else free_memory_bytes()
     parameters = load_parameters(artifact, loaded, progress)
     weights_bytes = sum(array.nbytes for array in parameters)
     plan = plan_memory(metadata, engine_config, weights_bytes, free_bytes)

@@ -19,6 +19,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from mlc_llm.errors import OptionError, StorageError
+from mlc_llm.home import cache_root
 from mlc_llm.prepare.progress import Progress
 
 _FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
@@ -82,13 +83,7 @@ class CacheHome:
         environ: Mapping[str, str], *, windows: bool = os.name == "nt"
     ) -> CacheHome:
         """Return the home that environment variables choose, or the platform's default."""
-        if chosen := environ.get("MLC_LLM_HOME"):
-            return CacheHome(Path(chosen).expanduser().absolute())
-        base = environ.get("LOCALAPPDATA" if windows else "XDG_CACHE_HOME")
-        # The XDG specification has relative paths ignored.
-        if base and Path(base).is_absolute():
-            return CacheHome(Path(base) / "mlc_llm")
-        return CacheHome(Path.home() / ".cache" / "mlc_llm")
+        return CacheHome(cache_root(environ, windows=windows))
 
     @property
     def hub_directory(self) -> Path:

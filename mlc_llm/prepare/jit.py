@@ -11,6 +11,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from mlc_llm.artifact import (
     read_json_object,
     write_atomically,
 )
-from mlc_llm.errors import CorruptFile, LibraryError
+from mlc_llm.device import detect_device
+from mlc_llm.errors import CompileError, CorruptFile, LibraryError, OptionError, UnsupportedModel
 from mlc_llm.prepare.cache import (
     CacheHome,
     CachePolicy,
@@ -65,14 +67,43 @@ def prepare_library(
 ) -> Path:
     """Return the directory of a compiled library for an artifact, compiling where there is none.
 
-    A library found in the cache costs no import of the compiler. Raises LibraryError where the
-    policy is READONLY and there is none, StorageError, and what the compiler raises.
+    device: `auto` takes the CPU where the GPU that was found cannot run the model. A library found
+    in the cache costs no import of the compiler. Raises LibraryError where the policy is READONLY
+    and there is none, StorageError, and what the compiler raises.
     """
-    from mlc_llm.compiler.target import describe_target
+    prepare = partial(
+        _prepare_for,
+        artifact,
+        opt=opt,
+        overrides=overrides,
+        home=home,
+        jit_policy=jit_policy,
+        progress=progress,
+    )
+    if device == "auto" and (found := detect_device()).is_gpu:
+        try:
+            return prepare(device=str(found))
+        except (UnsupportedModel, OptionError, CompileError) as error:
+            progress.message(f"the CPU is used, not {found}: {error}")
+            device = "cpu"
+    return prepare(device=device)
+
+
+def _prepare_for(
+    artifact: Path,
+    *,
+    device: str,
+    opt: str,
+    overrides: Mapping[str, Any],
+    home: CacheHome,
+    jit_policy: CachePolicy,
+    progress: Progress,
+) -> Path:
+    from mlc_llm.compiler.target import describe_any_target
 
     config = read_chat_config(artifact)
     compile_overrides = {k: overrides[k] for k in _COMPILE_OVERRIDES if k in overrides}
-    key = library_key(config, describe_target(device, opt), compile_overrides)
+    key = library_key(config, describe_any_target(device, opt), compile_overrides)
     name = readable_name(f"{config.model_type}-{config.quantization}", key)
     target = home.library_directory / name
     if jit_policy.reads and is_whole(target):

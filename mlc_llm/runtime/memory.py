@@ -9,6 +9,8 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from mlc_llm.artifact import numpy_dtype
+
 # What TVM demands of memory that comes from outside.
 ALIGNMENT = 64
 # DLPack as NumPy speaks it lacks these; they travel as raw integers and are relabelled.
@@ -86,3 +88,30 @@ def as_array(tensor: Any) -> NDArray[Any]:
         result: NDArray[Any] = np.from_dlpack(raw).view(np.dtype(getattr(ml_dtypes, dtype)))
         return result
     return np.from_dlpack(tensor)
+
+
+class HostMemory:
+    """Makes, fills and reads tensors on the CPU, where arrays and tensors share memory."""
+
+    def __init__(self) -> None:
+        self._staging = Staging()
+
+    def zeros(self, shape: Sequence[int], dtype: str) -> Any:
+        """Return a tensor of zeros, whose memory is taken when it is first written."""
+        return as_tensor(aligned_zeros(tuple(shape), numpy_dtype(dtype)))
+
+    def clear(self, tensor: Any) -> None:
+        """Write zeros."""
+        as_array(tensor)[...] = 0
+
+    def put(self, array: NDArray[Any]) -> Any:
+        """Return a tensor on the memory of an array, or on a copy where that is not aligned."""
+        return as_tensor(as_aligned(array))
+
+    def place(self, arrays: Sequence[NDArray[np.int32]]) -> list[Any]:
+        """Return tensors of small arrays for a call; the next call's take their memory."""
+        return [as_tensor(array) for array in self._staging.place(arrays)]
+
+    def array(self, tensor: Any) -> NDArray[Any]:
+        """Return a tensor's content, which changes with it."""
+        return as_array(tensor)

@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mlc_llm.artifact import LibraryMetadata, numpy_dtype
+from mlc_llm.artifact import LibraryMetadata
 from mlc_llm.errors import DeviceError
 from mlc_llm.images.inputs import ImageInputs
+from mlc_llm.runtime.gpu_memory import GPUMemory
 from mlc_llm.runtime.library import Library, free_pooled_memory
-from mlc_llm.runtime.memory import Staging, aligned_zeros, as_aligned, as_array, as_tensor
+from mlc_llm.runtime.memory import HostMemory, aligned_zeros, as_aligned, as_array, as_tensor
 from mlc_llm.runtime.runner import SampleRows, Step
 
 # Of results of earlier steps, which the virtual machine's pool keeps.
@@ -38,7 +39,7 @@ class CompiledRunner:
         num_pages: int,
         num_state_slots: int = 0,
     ) -> None:
-        """Take packed parameters (see parameters.py), which are used in place.
+        """Take packed parameters (see parameters.py): used in place, or copied to the GPU.
 
         num_state_slots: sequences whose recurrent state is kept, in models that have one.
         """
@@ -46,33 +47,21 @@ class CompiledRunner:
 
         self._metadata = library.metadata
         self._num_pages = num_pages
+        self._is_gpu = library.device.is_gpu
+        self._memory = GPUMemory(library.device) if self._is_gpu else HostMemory()
         self._images = ImageInputs.from_json(self._metadata.images)
-        tensors = [as_tensor(array) for array in parameters]
+        tensors = [self._memory.put(array) for array in parameters]
         end = len(tensors) - (0 if self._images is None else self._images.num_packed)
         self._parameters = tvm_ffi.Array(tensors[:end])
         self._image_parameters = tvm_ffi.Array(tensors[end:])
-        layout = self._metadata.kv_cache
-        # Zeros are not touched here: memory is taken page by page as the context grows.
-        try:
-            pages = [
-                aligned_zeros(layout.page_shape(num_pages), numpy_dtype(layout.dtype))
-                for _ in range(layout.num_layers)
-            ]
-        except MemoryError:
-            num_tokens = num_pages * layout.page_size
-            raise DeviceError(
-                f"the KV cache of {num_tokens:,} tokens takes "
-                f"{num_tokens * layout.bytes_per_token / 2**30:,.1f} GiB, more than there is; "
-                "lower context_window_size with --overrides"
-            ) from None
-        self._pages = tvm_ffi.Array([as_tensor(array) for array in pages])
+        self._pages = tvm_ffi.Array(self._make_pages())
         self._num_state_slots = num_state_slots if self._metadata.states else 0
-        self._states = [
-            aligned_zeros((num_state_slots, *spec.shape), numpy_dtype(spec.dtype))
-            for spec in self._metadata.states
-        ]
-        self._state_tensors = tvm_ffi.Array([as_tensor(array) for array in self._states])
-        self._staging = Staging()
+        self._states = tvm_ffi.Array(
+            [
+                self._memory.zeros((num_state_slots, *spec.shape), spec.dtype)
+                for spec in self._metadata.states
+            ]
+        )
         self._result_sizes: set[int] = set()  # bytes
         machine = library.open_machine()
         is_encoder = self._metadata.model_task == "embedding"
@@ -80,10 +69,29 @@ class CompiledRunner:
         limits = self._metadata
         chunk = limits.prefill_chunk_size if is_encoder else 0
         self._max_rows = max(chunk, limits.max_batch_size)
-        self._sample: Any = None if is_encoder else machine["sample"]
         self._embed_image: Any = None if self._images is None else machine["embed_image"]
         # What steps without images are given.
         self._no_image = np.zeros((1, 0 if self._images is None else self._images.width), "f4")
+        if self._is_gpu:
+            self._run_single: Any = machine["forward_single"]
+            self._copy_pages: Any = machine["copy_pages"]
+            self._sample: Any = _sampler_on_host(library)
+        else:
+            self._sample = None if is_encoder else machine["sample"]
+
+    def _make_pages(self) -> list[Any]:
+        """Return the KV pages of each layer, zeros. Raises DeviceError."""
+        layout, num_pages = self._metadata.kv_cache, self._num_pages
+        shape = layout.page_shape(num_pages)
+        try:
+            return [self._memory.zeros(shape, layout.dtype) for _ in range(layout.num_layers)]
+        except MemoryError:
+            num_tokens = num_pages * layout.page_size
+            raise DeviceError(
+                f"the KV cache of {num_tokens:,} tokens takes "
+                f"{num_tokens * layout.bytes_per_token / 2**30:,.1f} GiB, more than there is; "
+                "lower context_window_size with --overrides"
+            ) from None
 
     @property
     def metadata(self) -> LibraryMetadata:
@@ -128,13 +136,16 @@ class CompiledRunner:
         if self._images is not None:
             no_rows = np.full(len(step.token_ids), -1, np.int32)
             arrays.append(no_rows if step.image_rows is None else step.image_rows)
-        inputs = [as_tensor(array) for array in self._staging.place(arrays)]
-        states = [inputs.pop(), self._state_tensors] if self._states else []
+        inputs = self._memory.place(arrays)
+        states = [inputs.pop(), self._states] if self._states else []
         if self._images is not None:
             embeds = self._no_image if step.image_embeds is None else step.image_embeds
-            inputs.append(as_tensor(as_aligned(embeds)))
-        rows: NDArray[np.float32] = as_array(
-            self._run_step(*inputs, self._pages, *states, self._parameters)[0]
+            inputs.append(self._memory.put(embeds))
+        run = self._run_step
+        if self._is_gpu and len(step.token_ids) == len(step.context_len) == num_rows == 1:
+            run = self._run_single
+        rows: NDArray[np.float32] = self._memory.array(
+            run(*inputs, self._pages, *states, self._parameters)[0]
         )
         self._bound_pool(rows.nbytes)
         return rows[:num_rows]
@@ -142,8 +153,8 @@ class CompiledRunner:
     def embed_image(self, pixels: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return the rows (num_rows, hidden) of an image (3, size, size), the caller's to keep."""
         assert self._images is not None and pixels.shape == (3, *[self._images.size] * 2)
-        image = as_tensor(as_aligned(pixels))
-        return np.array(as_array(self._embed_image(image, self._image_parameters)))
+        image = self._memory.put(pixels)
+        return np.array(self._memory.array(self._embed_image(image, self._image_parameters)))
 
     def _bound_pool(self, result_bytes: int) -> None:
         """Free the pool when results fill it: it keeps one of each size, and so of each r."""
@@ -162,23 +173,42 @@ class CompiledRunner:
 
     def copy_pages(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Copy KV pages, in all layers: what each target held is replaced."""
+        if self._is_gpu:
+            numbers = [np.asarray(pages, np.int32) for pages in (sources, targets)]
+            places = self._memory.place(numbers)
+            for page in self._pages:
+                self._copy_pages(page, *places)
+            return
         for page in self._pages:
             array = as_array(page)
             array[list(targets)] = array[list(sources)]
 
     def copy_states(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Copy slots of recurrent state, one after the other: a target may be a later source."""
+        arrays = [as_array(tensor) for tensor in self._states]
         for source, target in zip(sources, targets, strict=True):
-            for array in self._states:
+            for array in arrays:
                 array[target] = array[source]
 
     def touch_pages(self) -> None:
         """Write zeros to all pages: memory that was never written costs nothing to read."""
         for page in self._pages:
-            as_array(page)[...] = 0
+            self._memory.clear(page)
 
     def close(self) -> None:
         """Free the model's memory; the runner cannot be used afterwards."""
         self._run_step = self._sample = self._pages = self._parameters = None
-        self._embed_image = self._image_parameters = None
-        self._states, self._state_tensors = [], None
+        self._run_single = self._copy_pages = None
+        self._embed_image = self._image_parameters = self._states = None
+
+
+def _sampler_on_host(library: Library) -> Any:
+    """Return what a library for a GPU has in place of `sample`: a kernel for the CPU."""
+    kernel = library.module["sample_on_host"]
+
+    def sample(logits: Any, *settings: Any) -> Any:
+        tokens = as_tensor(aligned_zeros((int(logits.shape[0]),), np.int32))
+        kernel(logits, *settings, tokens)
+        return tokens
+
+    return sample

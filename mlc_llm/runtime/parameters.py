@@ -10,7 +10,7 @@ import hashlib
 import json
 import mmap
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +32,18 @@ def load_parameters(
 ) -> list[NDArray[Any]]:
     """Return the library's packed parameters, from its cache file or packed now.
 
+    For a GPU, which takes them as they are stored, they are views of the artifact's files.
     Raises ModelNotFound, CorruptFile or ParameterMismatch.
     """
+    if library.device.is_gpu:
+        return list(_portable(artifact, library))
     cache = _cache_path(artifact, library)
     if cache is not None:
         mapped = _map_packed(cache)
         if mapped is not None:
             return mapped
     progress("pack weights for this CPU")
-    packed = _pack(artifact, library)
+    packed = pack_parameters(library, _portable(artifact, library))
     if cache is None or not _write_packed(cache, packed, artifact):
         return packed
     # Mapped pages can be shared and dropped by the system; the copies above are freed.
@@ -66,7 +69,8 @@ def _cache_path(artifact: Path, library: Library) -> Path | None:
     return library.path / f"packed-{digest.hexdigest()[:24]}.bin"
 
 
-def _pack(artifact: Path, library: Library) -> list[NDArray[Any]]:
+def _portable(artifact: Path, library: Library) -> Iterator[NDArray[Any]]:
+    """Yield parameters as the artifact stores them, checked, in the library's order."""
     index = read_tensor_index(artifact)
     unused = tuple(library.metadata.unused_modules)
     used = {
@@ -76,8 +80,8 @@ def _pack(artifact: Path, library: Library) -> list[NDArray[Any]]:
     }
     TensorIndex(used, index.shard_md5).check(library.metadata.params, str(artifact))
     index.verify_checksums()
-    arrays = (index.read(spec.name).view(np.ndarray) for spec in library.metadata.params)
-    return pack_parameters(library, arrays)
+    for spec in library.metadata.params:
+        yield index.read(spec.name).view(np.ndarray)
 
 
 def pack_parameters(library: Library, portable: Iterable[NDArray[Any]]) -> list[NDArray[Any]]:
@@ -85,6 +89,8 @@ def pack_parameters(library: Library, portable: Iterable[NDArray[Any]]) -> list[
 
     A parameter whose layouts are the same comes back as it is, without a copy.
     """
+    if library.device.is_gpu:
+        return list(portable)
     import tvm_ffi
 
     tensors = [as_tensor(as_aligned(array)) for array in portable]
