@@ -31,6 +31,7 @@ OUR_NAMES: Names = (
     (re.compile(r"^(response_format\.json_schema|response_format)"), "output_config.format"),
     (re.compile(r"^reasoning_effort"), "output_config.effort"),
     (re.compile(r"^enable_thinking"), "thinking.type"),
+    (re.compile(r"^thinking_token_budget"), "thinking.budget_tokens"),
     (re.compile(r"^(tools\[\d+\])\.function\.parameters"), r"\1.input_schema"),
     (re.compile(r"^(tools\[\d+\]|tool_choice)\.function"), r"\1"),
     (re.compile(r"^parallel_tool_calls"), "tool_choice.disable_parallel_tool_use"),
@@ -58,8 +59,9 @@ def chat_request_of(request: MessagesRequest | CountTokensRequest) -> ChatComple
         fields["tool_choice"] = _choice_of(choice.type, choice.name)
         if choice.disable_parallel_tool_use is not None:
             fields["parallel_tool_calls"] = not choice.disable_parallel_tool_use
-    if request.thinking is not None and request.thinking.type == "disabled":
-        fields["enable_thinking"] = False
+    if (thinking := request.thinking) is not None:
+        fields["enable_thinking"] = False if thinking.type == "disabled" else None
+        fields["thinking_token_budget"] = thinking.budget_tokens
     if (output := request.output_config) is not None:
         fields["reasoning_effort"] = output.effort
         if output.format is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,9 @@ OPENING = "Once upon a time"
 
 
 def test_200_greedy_tokens_from_bos(program: Program, stories260k: Path, tmp_path: Path) -> None:
+    from mlc_llm.engine.grammar import GrammarSpec, ThoughtLimit
     from mlc_llm.engine.session import ChatSession, SamplingParams
+    from mlc_llm.text.reasoning import find_reasoning
 
     artifact, library = tmp_path / "stories", tmp_path / "stories" / "lib.so"
     options = ("--quantization", "q0f32", "-o", artifact)
@@ -28,10 +31,19 @@ def test_200_greedy_tokens_from_bos(program: Program, stories260k: Path, tmp_pat
         greedy = SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)
         tokens = list(session.generate([1], greedy))
         text = session.tokenizer.decode(tokens)
+        # As if it were thinking: it is made to end, and to answer.
+        form = find_reasoning("think", None)
+        assert form is not None
+        limit = ThoughtLimit(20, form.marks, is_open=True)
+        answer = GrammarSpec("regex", "[ab]{3}", (form.end,), thoughts=limit)
+        thoughts = list(session.generate([1], greedy, grammar=answer))
     finally:
         session.close()
     assert len(tokens) == 200
     assert text.encode() == (stories260k / "expected.txt").read_bytes()
+    assert thoughts[:20] == tokens[:20]
+    told = session.tokenizer.decode(thoughts[20:])
+    assert re.fullmatch(r" ?\n</think>\n{0,2}[ab]{3}", told), told
 
 
 def test_the_documented_sequence(program: Program, stories260k: Path, tmp_path: Path) -> None:

@@ -211,19 +211,19 @@ class ToolChoice(RequestBody):
 class Thinking(RequestBody):
     """Whether the model thinks before it answers; what it thinks comes in full.
 
-    How much cannot be bounded but by max_tokens, so a budget is refused.
+    budget_tokens, for the type "enabled": how many tokens, after which the end is forced.
     """
 
     type: Literal["disabled", "adaptive", "enabled"]
-    budget_tokens: Any = None
+    budget_tokens: Annotated[int, whole(1)] | None = None
     display: None = None
 
     def model_post_init(self, context: Any) -> None:
-        """Refuse budgets. Raises RequestError."""
-        if self.type == "enabled" or self.budget_tokens is not None:
+        """Check that there is a budget where there is to be one. Raises RequestError."""
+        if (self.type == "enabled") != (self.budget_tokens is not None):
             raise RequestError(
-                "thinking cannot be given a budget; use the type 'adaptive', with "
-                "output_config.effort where the model knows it",
+                f"thinking.budget_tokens goes with the type 'enabled', which needs it; the type is "
+                f"{self.type!r}",
                 "thinking.budget_tokens",
             )
 
@@ -276,3 +276,13 @@ class MessagesRequest(_KnownByMessages, _Prompt):
     top_p: Annotated[float, number(0, 1)] | None = None
     top_k: Annotated[int, whole(0)] | None = None
     stream: StrictBool | None = None
+
+    def model_post_init(self, context: Any) -> None:
+        """Check fields against each other. Raises RequestError."""
+        budget = None if self.thinking is None else self.thinking.budget_tokens
+        if budget is not None and budget >= self.max_tokens:
+            raise RequestError(
+                f"thinking.budget_tokens is {budget:,}; max_tokens, {self.max_tokens:,}, counts "
+                "thoughts too and must be greater",
+                "thinking.budget_tokens",
+            )
