@@ -42,7 +42,7 @@ WEB_LLM_FUNCTIONS = (
 # Device -> what its code has in it.
 CODE = {
     "webgpu": b"@compute @workgroup_size",
-    "cuda:sm_90": b"__global__",
+    "cuda:sm_90": b".nv.info.",  # of NVIDIA's machine code
     "metal": b"threadgroup_position_in_grid",
     "opencl": b"__kernel",
 }
