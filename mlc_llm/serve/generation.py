@@ -17,11 +17,12 @@ from mlc_llm.engine.sampling import SamplingParams
 from mlc_llm.engine.stream import RequestStream
 from mlc_llm.errors import RequestError
 from mlc_llm.images.inputs import PromptImage
-from mlc_llm.serve.answer_plan import AnswerPlan
+from mlc_llm.serve.answer_plan import AnswerPlan, renamed
 from mlc_llm.serve.model import ServedModel
 from mlc_llm.serve.protocol.generation import GenerationRequest
 from mlc_llm.serve.response_format import grammar_of
 from mlc_llm.text.events import AnswerParser, CallEnd, Event, Reasoning
+from mlc_llm.text.grammars.schema import PARAM as GRAMMAR_PARAM
 from mlc_llm.text.stream import TextStream
 
 EndReason = Literal["stop", "length"]
@@ -152,8 +153,16 @@ class SequenceText:
 class Generation:
     """One request to the engine and the texts of its n sequences."""
 
-    def __init__(self, stream: RequestStream, texts: list[SequenceText], num_prompt: int) -> None:
+    def __init__(
+        self,
+        stream: RequestStream,
+        texts: list[SequenceText],
+        num_prompt: int,
+        grammar_param: str = GRAMMAR_PARAM,
+    ) -> None:
+        """grammar_param: the field that errors about the grammar are to name."""
         self.texts = texts
+        self._grammar_param = grammar_param
         self.num_prompt_tokens = num_prompt
         # One entry a prompt token, where they were asked for; there before the first piece.
         self.prompt_logprobs: list[TokenLogprobs | None] | None = None
@@ -173,7 +182,8 @@ class Generation:
         """Yield what arrives together; leaving early, or any error, aborts the request."""
         async with self._stream:
             async for outputs in self._stream:
-                pieces = self._read(outputs)
+                with renamed(self._grammar_param):
+                    pieces = self._read(outputs)
                 is_over = all(text.finish_reason is not None for text in self.texts)
                 if is_over:
                     # Of a stop string only the text knows.
@@ -254,7 +264,8 @@ async def start_generation(
         ),
         model.timeout_s,
     )
-    return Generation(stream, texts, len(prompt))
+    grammar_param = GRAMMAR_PARAM if plan is None else plan.grammar_param
+    return Generation(stream, texts, len(prompt), grammar_param)
 
 
 def sampling_params(

@@ -33,10 +33,14 @@ class TurnPiece:
 class Turn:
     """A turn that the engine is making; leaving its pieces aborts it."""
 
-    def __init__(self, model: ServedModel, generation: Generation, max_tokens: int | None) -> None:
+    def __init__(
+        self, model: ServedModel, generation: Generation, max_tokens: int | None, names: Names = ()
+    ) -> None:
+        """names: what errors on the way call a chat's fields."""
         self._model = model
         self._generation = generation
         self._max_tokens = max_tokens
+        self._names = names
 
     @classmethod
     async def start(
@@ -45,7 +49,7 @@ class Turn:
         """Queue a turn. Raises as `chat` does; errors call a chat's fields by their `names`."""
         with renamed_fields(names):
             generation = await start_chat(model, request, request_id)
-        return cls(model, generation, request.max_new_tokens)
+        return cls(model, generation, request.max_new_tokens, names)
 
     @property
     def usage(self) -> Usage:
@@ -59,10 +63,11 @@ class Turn:
 
     async def pieces(self) -> AsyncGenerator[TurnPiece, None]:
         """Yield what arrives; leaving early, or any error, aborts the request."""
-        async with aclosing(self._generation.pieces()) as arriving:
-            async for pieces in arriving:
-                for piece in pieces:
-                    yield TurnPiece(events_of(piece), self._end_of(piece))
+        with renamed_fields(self._names):
+            async with aclosing(self._generation.pieces()) as arriving:
+                async for pieces in arriving:
+                    for piece in pieces:
+                        yield TurnPiece(events_of(piece), self._end_of(piece))
 
     async def collect(self) -> tuple[list[Event], TurnEnd]:
         """Return the whole turn."""

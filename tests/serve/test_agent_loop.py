@@ -25,6 +25,8 @@ from small_tokenizers import CHATML_TEMPLATE
 from tool_replies import BAITS
 
 from mlc_llm import AsyncMLCEngine
+from mlc_llm.engine.grammar_masks import SequenceGrammar
+from mlc_llm.errors import RequestError
 from mlc_llm.serve.catalog import ServedModels
 from mlc_llm.text.tool_calls.registry import format_names, get_format
 from mlc_llm.text.tool_calls.tools import WrittenCall
@@ -294,6 +296,29 @@ def test_hostile_schemas_are_refused_in_time_and_nobody_else_waits() -> None:
             assert caught.value.param is not None and caught.value.param.startswith("tools")
             assert len(caught.value.message) < 3000
         assert run_agent(client, "Hi", stream=True)[-1]["content"] == "ok"
+
+
+def test_what_fails_on_the_way_names_the_field_it_is_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(grammar: SequenceGrammar) -> None:
+        raise RequestError("the grammar takes too much work at this place", "response_format")
+
+    wanted: Any = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "null"}}}
+    with agent_server("hermes", ["ok"]) as (client, _):
+        monkeypatch.setattr(SequenceGrammar, "_check", fail)
+        for fields, param in (
+            ({"tools": TOOLS, "tool_choice": "required"}, "tools"),
+            ({"response_format": wanted}, "response_format"),
+        ):
+            for stream in (False, True):
+                with pytest.raises(openai.APIError) as caught:
+                    ask(client, QUESTION, stream=stream, **fields)
+                assert caught.value.param == param
+                prefix = "tools: " if param == "tools" else ""
+                assert f"{prefix}the grammar takes too much work" in caught.value.message
+        text: Any = {"format": {"type": "json_schema", "name": "a", "schema": {"type": "null"}}}
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.responses.create(model="fake", input="Hi", text=text)
+        assert caught.value.param == "text.format"
 
 
 def test_baits_come_out_as_they_went_in() -> None:
