@@ -9,6 +9,7 @@ from __future__ import annotations
 from mlc_llm.weights.gguf_parts import (
     ATTENTION,
     BLOCK,
+    CHATGLM,
     COMMAND_R,
     DEEPSEEK_EXPERTS,
     ENDS,
@@ -258,6 +259,21 @@ ARCHITECTURES = {
         LLAMA,
         HALVES,
         constants={"has_split_qkv": True},
+    ),
+    "chatglm": Architecture(
+        "chatglm",
+        "ChatGLMModel",
+        CHATGLM,
+        fields={
+            "attention_bias": "add_qkv_bias",
+            "intermediate_size": "ffn_hidden_size",
+            "max_position_embeddings": "seq_length",
+            "mlp_bias": "add_bias_linear",
+            "num_hidden_layers": "num_layers",
+            "num_key_value_heads": "multi_query_group_num",
+            "rms_norm_eps": "layernorm_epsilon",
+        },
+        has_partial_rotary=True,
     ),
     "command-r": Architecture(
         "cohere",

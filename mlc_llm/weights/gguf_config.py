@@ -180,6 +180,8 @@ def _add_special_cases(file: GGUFFile, config: dict[str, Any], head_dim: int) ->
     if model_type == "baichuan" and config["num_hidden_layers"] == _BAICHUAN_13B_LAYERS:
         # The larger size has ALiBi in place of RoPE, which is said by what is left out.
         config["model_max_length"] = config.pop("max_position_embeddings")
+    if model_type == "chatglm":
+        config["rope_ratio"] = config.pop("rope_theta") / 10000
     if model_type == "cohere":
         config["use_qk_norm"] = "blk.0.attn_q_norm.weight" in file.tensors
     if model_type == "minicpm":

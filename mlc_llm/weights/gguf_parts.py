@@ -112,6 +112,18 @@ INTERNLM2 = {
     "blk.{layer}.ffn_up": BLOCK + "feed_forward.w3",
     "blk.{layer}.ffn_down": BLOCK + "feed_forward.w2",
 }
+_CHATGLM_BLOCK = "transformer.encoder.layers.{layer}."
+CHATGLM = {
+    "token_embd": "transformer.embedding.word_embeddings",
+    "output_norm": "transformer.encoder.final_layernorm",
+    "output": "transformer.output_layer",
+    "blk.{layer}.attn_norm": _CHATGLM_BLOCK + "input_layernorm",
+    "blk.{layer}.attn_qkv": _CHATGLM_BLOCK + "self_attention.query_key_value",
+    "blk.{layer}.attn_output": _CHATGLM_BLOCK + "self_attention.dense",
+    "blk.{layer}.ffn_norm": _CHATGLM_BLOCK + "post_attention_layernorm",
+    "blk.{layer}.ffn_up": _CHATGLM_BLOCK + "mlp.dense_h_to_4h",
+    "blk.{layer}.ffn_down": _CHATGLM_BLOCK + "mlp.dense_4h_to_h",
+}
 GPT2_BLOCK = "transformer.h.{layer}."
 GPT2 = {
     "token_embd": "transformer.wte",

@@ -139,6 +139,8 @@ def test_names_are_those_of_the_packages_map(name):
         if "{expert}" in huggingface_name:
             # The converter stacks them under a name without the number.
             huggingface_name = huggingface_name.replace("experts.{expert}", "experts")
+        if name == "chatglm":
+            huggingface_name = huggingface_name.removeprefix("transformer.")
         found = mapping.get_name(huggingface_name, try_suffixes=(".weight",))
         assert found == gguf_name, huggingface_name
 
@@ -319,6 +321,15 @@ def test_baichuan_by_its_sizes(tmp_path):
     assert family.config_from_huggingface(larger).alibi
     second = {**larger, "vocab_size": 125696}
     assert family.config_from_huggingface(second).normalized_head
+
+
+def test_chatglm(tmp_path):
+    half = {"rope__freq_base": 5000000.0, "rope__dimension_count": HEAD_DIM // 2}
+    config = config_of(tmp_path, "chatglm", **half)
+    assert (config["rope_ratio"], config["partial_rotary_factor"]) == (500, 0.5)
+    assert (config["ffn_hidden_size"], config["multi_query_group_num"]) == (FFN, KV_HEADS)
+    assert config["add_qkv_bias"] is False and config["add_bias_linear"] is False
+    assert find_family(config).config_from_huggingface(config).position_embedding_base == 5000000
 
 
 def test_minicpm_of_early_converters(tmp_path):

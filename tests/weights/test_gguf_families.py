@@ -63,19 +63,23 @@ def metadata_of(config, architecture):
     """Return the metadata of a configuration, under keys without the architecture."""
     heads = first(config, "num_attention_heads", "n_head")
     hidden = first(config, "hidden_size", "n_embd")
-    head_dim = config.get("head_dim") or hidden // heads
+    head_dim = first(config, "head_dim", "kv_channels") or hidden // heads
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     local = rope.get("sliding_attention", {})
     rope = rope.get("full_attention", rope)
     scaling = config.get("rope_scaling") or {}
     partial = first(config | rope, "partial_rotary_factor", "rotary_pct")
+    if config["model_type"] == "chatglm":
+        rope, partial = {"rope_theta": 10000 * config["rope_ratio"]}, 0.5
     values = {
-        "block_count": first(config, "num_hidden_layers", "n_layer"),
-        "context_length": first(config, "max_position_embeddings", "n_positions"),
+        "block_count": first(config, "num_hidden_layers", "n_layer", "num_layers"),
+        "context_length": first(config, "max_position_embeddings", "n_positions", "seq_length"),
         "embedding_length": hidden,
-        "feed_forward_length": first(config, "intermediate_size", "n_inner") or 4 * hidden,
+        "feed_forward_length": first(config, "intermediate_size", "n_inner", "ffn_hidden_size")
+        or 4 * hidden,
         "attention.head_count": heads,
-        "attention.head_count_kv": config.get("num_key_value_heads") or heads,
+        "attention.head_count_kv": first(config, "num_key_value_heads", "multi_query_group_num")
+        or heads,
         "attention.key_length": head_dim,
         "attention.value_length": head_dim,
         "attention.layer_norm_rms_epsilon": config.get(
@@ -183,6 +187,8 @@ def write_case(path, source):
     tensors, stacks = {}, {}
     for name in source.names():
         if config.get("tie_word_embeddings") and name == "lm_head.weight":
+            continue
+        if name.endswith(".inv_freq"):
             continue
         whole = np.asarray(source.read(name)).astype(np.float32)
         for part, tensor in split_parts(name, whole, metadata):
