@@ -30,7 +30,7 @@ from mlc_llm.kernels.cpu.activations import Int8Shape, Source
 from mlc_llm.kernels.cpu.attention import AttentionShape
 from mlc_llm.kernels.cpu.group_format import GroupFormat
 from mlc_llm.kernels.cpu.vector_math import LANES
-from mlc_llm.nn import gpu_ops
+from mlc_llm.nn import gpu_attention, gpu_ops
 from mlc_llm.nn.kernel_call import call, on_gpu, require_cpu
 from mlc_llm.nn.kernel_call import kernel_of as kernel_of
 
@@ -265,6 +265,7 @@ def group_embed_packed(
     return emit("group_embed", kernel, [ids, *packed], [ids.shape[0], features])
 
 
+@on_gpu(gpu_attention.rope_table)
 def rope_table(positions: nn.Tensor, frequencies: nn.Tensor, scale: float) -> nn.Tensor:
     """Return cosines and sines, (n, 2 * len(frequencies)); positions (n) int32."""
     rotary_dim = 2 * int(frequencies.shape[0])
@@ -272,6 +273,7 @@ def rope_table(positions: nn.Tensor, frequencies: nn.Tensor, scale: float) -> nn
     return emit("rope_table", kernel, [positions, frequencies], [positions.shape[0], rotary_dim])
 
 
+@on_gpu(gpu_attention.rope_and_write)
 def rope_and_write(
     qkv: nn.Tensor,
     table: nn.Tensor | None,
@@ -298,6 +300,7 @@ def rope_and_write(
     return rotated, written
 
 
+@on_gpu(gpu_attention.paged_attention)
 def paged_attention(
     q: nn.Tensor,
     pages: nn.Tensor,

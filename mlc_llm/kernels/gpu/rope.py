@@ -1,4 +1,4 @@
-"""Rotary embedding of queries and keys (Su et al. 2021), as a computation without a schedule."""
+"""Rotary embedding of queries and keys (Su et al. 2021), as computations without a schedule."""
 
 from __future__ import annotations
 
@@ -61,6 +61,22 @@ def rotate(
 
     out = compute((rows, width), item, name="out")
     return computation([x, positions, frequencies, out])
+
+
+def rope_table(n: RowCount, rotary_dim: int, scale: float) -> Any:
+    """Tabulate angles: positions (n) int32, inverse frequencies (rotary_dim / 2) float32
+    -> (n, rotary_dim) float32, cosines then sines, each times `scale`.
+    """
+    rows, half = num_rows(n), rotary_dim // 2
+    positions = tensor("positions", (rows,), "int32")
+    frequencies = tensor("frequencies", (half,), "float32")
+
+    def item(i: Any, c: Any) -> Any:
+        angle = _within_a_turn(tirx.Cast("float32", positions[i]) * frequencies[c % half])
+        return tirx.if_then_else(c < half, tirx.cos(angle), tirx.sin(angle)) * constant(scale)
+
+    out = compute((rows, rotary_dim), item, name="out")
+    return computation([positions, frequencies, out])
 
 
 def _within_a_turn(angle: Any) -> Any:
