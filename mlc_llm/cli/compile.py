@@ -75,6 +75,14 @@ def compile_library(
             show_default=False,
         ),
     ] = "",
+    system_lib_prefix: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="What names of functions begin with where several models are linked into one "
+            "program; auto: MODEL_QUANTIZATION_ for a .tar for android or iphone, else none.",
+        ),
+    ] = "auto",
     debug_dump: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Write the code of each stage there.")
     ] = None,
@@ -83,17 +91,21 @@ def compile_library(
     values = parse_overrides(overrides, COMPILE_OVERRIDES)
     # What cannot be written is said before anything is read or compiled.
     from mlc_llm.compiler.browser.emscripten import require_emscripten
+    from mlc_llm.compiler.system_library import find_system_prefix
     from mlc_llm.compiler.target import check_form, describe_any_target
 
     check_form(output, describe_any_target(device, opt, host)["target"])
     if output.suffix == ".wasm":
         require_emscripten(output)
     config = _read_config(model, quantization, model_type)
+    prefix = find_system_prefix(
+        system_lib_prefix, device, output, config.model_type, config.quantization
+    )
 
     from mlc_llm.compiler.compile import CompileOptions, compile_model
     from mlc_llm.prepare.cache import CacheHome, storage_errors
 
-    options = CompileOptions(device, opt, values, debug_dump, host)
+    options = CompileOptions(device, opt, values, debug_dump, host, prefix)
     compiled = compile_model(config, options, lambda stage: say(f"compiling: {stage}"))
     cache = CacheHome.from_environment(os.environ).root / "wasm_runtime"
     with storage_errors(output):

@@ -40,6 +40,7 @@ _COMMANDS: Mapping[str, tuple[str, str]] = {
     "gen_config": ("gen_config", "gen_config"),
     "convert_weight": ("convert_weight", "convert_weight"),
     "compile": ("compile", "compile_library"),
+    "package": ("package", "package"),
     "pull": ("pull", "pull"),
     "list": ("list_models", "list_models"),
     "show": ("show", "show"),
