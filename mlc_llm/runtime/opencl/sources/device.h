@@ -1,12 +1,8 @@
 /*
- * Devices that OpenCL opened, and their memory as ranges of addresses.
+ * A device that OpenCL opened, its queue and its memory.
  *
- * TVM adds offsets to pointers of a device, OpenCL's buffers are handles without a number to add to.
- * So each buffer has a range of invented addresses, which no processor can follow:
- *
- *     address   kFirstAddress ... [ buffer 1 ] gap [ buffer 2 ] gap ...
- *     in OpenCL                   handle 1,        handle 2,
- *                                 address - start  address - start
+ * TVM's pointers of a device are names of buffers here: numbers that no processor can follow. Offsets
+ * come beside them, from tensors (byte_offset), and are never added.
  */
 #ifndef MLC_LLM_OPENCL_DEVICE_H_
 #define MLC_LLM_OPENCL_DEVICE_H_
@@ -14,18 +10,16 @@
 #include <tvm/ffi/error.h>
 
 #include <algorithm>
-#include <map>
-#include <memory>
 #include <mutex>
 #include <string>
-#include <vector>
+#include <unordered_map>
 
 #include "opencl.h"
 
 namespace mlc_llm {
 
-constexpr uintptr_t kFirstAddress = uintptr_t{1} << 60;
-constexpr uintptr_t kPage = 4096;
+constexpr uintptr_t kFirstName = uintptr_t{1} << 60;
+constexpr uintptr_t kNameStep = 4096;  // kernels may ask for aligned pointers
 /* Kernels that may wait in the queue before the device is told of them. */
 constexpr int kLaunchesPerFlush = 32;
 
@@ -37,7 +31,7 @@ inline std::string Describe(opencl::Int code) {
   return name == nullptr ? "error " + std::to_string(code) : std::string("CL_") + name;
 }
 
-inline void Check(opencl::Int code, const std::string& action) {
+inline void Check(opencl::Int code, const char* action) {
   if (code != opencl::kSuccess) {
     TVM_FFI_THROW(DeviceError) << "OpenCL could not " << action << " (" << Describe(code) << ")";
   }
@@ -48,11 +42,9 @@ inline std::string InMiB(uint64_t bytes) {
   return std::to_string((bytes + (1 << 20) - 1) >> 20) + " MiB";
 }
 
-/* A place in a buffer of OpenCL. */
-struct Place {
+struct Buffer {
   opencl::Memory memory;
-  size_t offset;
-  size_t size;  // from the offset to the end of the buffer
+  size_t size;
 };
 
 /* A device with its context, its one queue, which keeps the order, and its buffers. */
@@ -63,17 +55,15 @@ class OpenDevice {
                                    0};
     opencl::Int code;
     context_ = cl.clCreateContext(properties, 1, &id, nullptr, nullptr, &code);
-    Check(code, "open " + Name());
+    Check(code, "open the device");
     queue_ = cl.clCreateCommandQueue(context_, id, 0, &code);
-    Check(code, "make a queue of " + Name());
-    base_alignment_ = Number<opencl::UInt>(opencl::kBaseAddressAlignBits) / 8;
+    Check(code, "make a queue for the device");
     memory_bytes_ = Number<opencl::ULong>(opencl::kGlobalMemoryBytes);
   }
 
   opencl::DeviceID id() const { return id_; }
   opencl::Context context() const { return context_; }
   opencl::Queue queue() const { return queue_; }
-  uint64_t free_bytes() const { return memory_bytes_ - std::min(memory_bytes_, used_bytes_); }
 
   template <typename T>
   T Number(opencl::UInt what) const {
@@ -94,76 +84,45 @@ class OpenDevice {
     return "opencl:" + std::to_string(index_) + " (" + Text(opencl::kName) + ")";
   }
 
-  /* Return the first address of a new buffer. Throws DeviceError where memory does not suffice. */
+  /* Return the name of a new buffer. Throws DeviceError where memory does not suffice. */
   void* Allocate(size_t size) {
     std::lock_guard<std::mutex> lock(mutex_);
     size = std::max<size_t>(size, 1);
     // Drivers take more than there is, and fail or crawl when it is first used.
-    if (size > free_bytes()) RefuseMemory(size, "that is more than the device has");
+    if (size > memory_bytes_ - used_bytes_) RefuseMemory(size, "that is more than is free");
     opencl::Int code;
     opencl::Memory memory =
         cl.clCreateBuffer(context_, opencl::kMemoryReadWrite, size, nullptr, &code);
     if (code != opencl::kSuccess) RefuseMemory(size, Describe(code));
-    uintptr_t start = next_address_;
-    next_address_ = start + (size / kPage + 2) * kPage;
-    buffers_[start] = {memory, size};
+    void* name = reinterpret_cast<void*>(next_name_);
+    next_name_ += kNameStep;
+    buffers_[name] = {memory, size};
     used_bytes_ += size;
-    return reinterpret_cast<void*>(start);
+    return name;
   }
 
   /* OpenCL keeps a buffer until the commands that use it are done. */
-  void Free(void* pointer) {
+  void Free(const void* name) {
+    Buffer buffer = Find(name);
     std::lock_guard<std::mutex> lock(mutex_);
-    auto found = buffers_.find(reinterpret_cast<uintptr_t>(pointer));
-    TVM_FFI_ICHECK(found != buffers_.end()) << pointer << " is no buffer of " << Name();
-    Check(cl.clReleaseMemObject(found->second.memory), "free a buffer");
-    used_bytes_ -= found->second.size;
-    buffers_.erase(found);
+    Check(cl.clReleaseMemObject(buffer.memory), "free a buffer");
+    used_bytes_ -= buffer.size;
+    buffers_.erase(name);
   }
 
-  /* Return where an address of this device is. Throws DeviceError where there is nothing. */
-  Place Find(const void* pointer, size_t offset = 0) {
+  /* Return a buffer by its name. Throws DeviceError where there is none. */
+  Buffer Find(const void* name) {
     std::lock_guard<std::mutex> lock(mutex_);
-    uintptr_t address = reinterpret_cast<uintptr_t>(pointer) + offset;
-    auto after = buffers_.upper_bound(address);
-    if (after != buffers_.begin()) {
-      const auto& [start, buffer] = *std::prev(after);
-      size_t inside = address - start;
-      if (inside < buffer.size) return {buffer.memory, inside, buffer.size - inside};
+    auto found = buffers_.find(name);
+    if (found == buffers_.end()) {
+      TVM_FFI_THROW(DeviceError) << Name() << " has no buffer at " << name;
     }
-    TVM_FFI_THROW(DeviceError) << "there is no memory of " << Name() << " at " << pointer;
-    TVM_FFI_UNREACHABLE();
+    return found->second;
   }
 
-  /* Set an argument of a kernel to an address, which may be inside a buffer, or null. */
-  void SetPointer(opencl::Kernel kernel, opencl::UInt index, const void* pointer) {
-    opencl::Memory memory = nullptr;
-    Place place{};
-    if (pointer != nullptr) {
-      place = Find(pointer);
-      memory = place.memory;
-    }
-    opencl::Int code = opencl::kSuccess;
-    if (place.offset != 0) {
-      opencl::BufferRegion region{place.offset, place.size};
-      memory = cl.clCreateSubBuffer(place.memory, 0, opencl::kBufferCreateRegion, &region, &code);
-      if (code != opencl::kSuccess) {
-        TVM_FFI_THROW(DeviceError)
-            << "a tensor that begins " << place.offset << " bytes into its buffer cannot be used "
-            << "by a kernel (" << Describe(code) << "): " << Name() << " wants a multiple of "
-            << base_alignment_;
-      }
-    }
-    code = cl.clSetKernelArg(kernel, index, sizeof(memory), &memory);
-    // The kernel's call keeps what it needs.
-    if (place.offset != 0) parts_.push_back(memory);
-    Check(code, "set argument " + std::to_string(index) + " of a kernel");
-  }
-
-  /* After a launch: the parts of buffers that it was given are not needed any more. */
-  void ReleaseParts() {
-    for (opencl::Memory part : parts_) cl.clReleaseMemObject(part);
-    parts_.clear();
+  uint64_t FreeBytes() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return memory_bytes_ - used_bytes_;
   }
 
   void CountLaunch() {
@@ -171,11 +130,6 @@ class OpenDevice {
   }
 
  private:
-  struct Buffer {
-    opencl::Memory memory;
-    size_t size;
-  };
-
   [[noreturn]] void RefuseMemory(size_t size, const std::string& reason) {
     TVM_FFI_THROW(DeviceError)
         << "out of memory: " << InMiB(size) << " were asked of " << Name() << " (" << reason
@@ -190,12 +144,10 @@ class OpenDevice {
   const opencl::DeviceID id_;
   opencl::Context context_;
   opencl::Queue queue_;
-  size_t base_alignment_;
   uint64_t memory_bytes_, used_bytes_ = 0;
   std::mutex mutex_;
-  std::map<uintptr_t, Buffer> buffers_;
-  uintptr_t next_address_ = kFirstAddress;
-  std::vector<opencl::Memory> parts_;
+  std::unordered_map<const void*, Buffer> buffers_;
+  uintptr_t next_name_ = kFirstName;
   int launches_ = 0;
 };
 

@@ -28,7 +28,6 @@ constexpr Int kSuccess = 0;
 constexpr UInt kTrue = 1;
 constexpr intptr_t kContextPlatform = 0x1084;
 constexpr ULong kMemoryReadWrite = 1;
-constexpr UInt kBufferCreateRegion = 0x1220;
 constexpr UInt kProgramBuildLog = 0x1183;
 
 /* What a device tells of itself. */
@@ -37,7 +36,6 @@ constexpr UInt kMaxWorkGroupSize = 0x1004;
 constexpr UInt kMaxWorkItemSizes = 0x1005;
 constexpr UInt kMaxClockFrequency = 0x100C;
 constexpr UInt kMaxAllocationBytes = 0x1010;
-constexpr UInt kBaseAddressAlignBits = 0x1019;
 constexpr UInt kGlobalCacheBytes = 0x101E;
 constexpr UInt kGlobalMemoryBytes = 0x101F;
 constexpr UInt kLocalMemoryBytes = 0x1023;
@@ -46,11 +44,6 @@ constexpr UInt kDriverVersion = 0x102D;
 constexpr UInt kVersion = 0x102F;
 constexpr UInt kExtensions = 0x1030;
 
-struct BufferRegion {
-  size_t origin;
-  size_t size;
-};
-
 /* name, result, arguments */
 #define MLC_LLM_OPENCL_FUNCTIONS(F)                                                              \
   F(clGetDeviceInfo, Int, (DeviceID, UInt, size_t, void*, size_t*))                              \
@@ -58,7 +51,6 @@ struct BufferRegion {
     (const intptr_t*, UInt, const DeviceID*, Notify, void*, Int*))                               \
   F(clCreateCommandQueue, Queue, (Context, DeviceID, ULong, Int*))                               \
   F(clCreateBuffer, Memory, (Context, ULong, size_t, void*, Int*))                               \
-  F(clCreateSubBuffer, Memory, (Memory, ULong, UInt, const void*, Int*))                         \
   F(clReleaseMemObject, Int, (Memory))                                                           \
   F(clEnqueueReadBuffer, Int,                                                                    \
     (Queue, Memory, UInt, size_t, size_t, void*, UInt, const Event*, Event*))                    \
@@ -75,7 +67,6 @@ struct BufferRegion {
   F(clReleaseProgram, Int, (Program))                                                            \
   F(clCreateKernel, Kernel, (Program, const char*, Int*))                                        \
   F(clSetKernelArg, Int, (Kernel, UInt, size_t, const void*))                                    \
-  F(clReleaseKernel, Int, (Kernel))                                                              \
   F(clFlush, Int, (Queue))                                                                       \
   F(clFinish, Int, (Queue))
 
@@ -107,7 +98,6 @@ inline const char* ErrorName(Int code) {
     case -6: return "OUT_OF_HOST_MEMORY";
     case -8: return "MEM_COPY_OVERLAP";
     case -11: return "BUILD_PROGRAM_FAILURE";
-    case -13: return "MISALIGNED_SUB_BUFFER_OFFSET";
     case -30: return "INVALID_VALUE";
     case -33: return "INVALID_DEVICE";
     case -34: return "INVALID_CONTEXT";

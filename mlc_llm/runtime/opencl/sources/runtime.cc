@@ -12,7 +12,10 @@
 #include <tvm/ffi/function.h>
 #include <tvm/runtime/device_api.h>
 
+#include <memory>
+#include <mutex>
 #include <unordered_map>
+#include <vector>
 
 #include "boundary.h"
 #include "device.h"
@@ -103,7 +106,7 @@ Any Attribute(int index, DeviceAttrKind kind) {
     case tvm::runtime::kTotalGlobalMemory:
       return static_cast<int64_t>(device.Number<opencl::ULong>(opencl::kGlobalMemoryBytes));
     case tvm::runtime::kAvailableGlobalMemory:  // what other programs use is not told
-      return static_cast<int64_t>(device.free_bytes());
+      return static_cast<int64_t>(device.FreeBytes());
     default:
       return nullptr;
   }
@@ -112,29 +115,29 @@ Any Attribute(int index, DeviceAttrKind kind) {
 /* A part of a tensor's memory, on a device or the host. */
 struct Part {
   Device device;
-  char* pointer;
+  void* data;
   size_t offset;
 
   bool is_host() const { return device.device_type == kDLCPU; }
+  char* host_pointer() const { return static_cast<char*>(data) + offset; }
   OpenDevice& opened() const { return GetDevice(device.device_id); }
-  Place Find(size_t size) const {
-    Place place = opened().Find(pointer, offset);
-    TVM_FFI_ICHECK(size <= place.size) << "a copy of " << size << " bytes goes beyond the buffer";
-    return place;
+  opencl::Memory Find(size_t size) const {
+    Buffer buffer = opened().Find(data);
+    TVM_FFI_ICHECK(offset <= buffer.size && size <= buffer.size - offset)
+        << size << " bytes from " << offset << " are not within a buffer of " << buffer.size;
+    return buffer.memory;
   }
 };
 
 /* The host's memory may be gone after a copy: transfers are waited for. */
 void Write(const char* from, const Part& to, size_t size) {
-  Place place = to.Find(size);
-  Check(cl.clEnqueueWriteBuffer(to.opened().queue(), place.memory, opencl::kTrue, place.offset, size,
+  Check(cl.clEnqueueWriteBuffer(to.opened().queue(), to.Find(size), opencl::kTrue, to.offset, size,
                                 from, 0, nullptr, nullptr),
         "copy a tensor to the device");
 }
 
 void Read(const Part& from, char* to, size_t size) {
-  Place place = from.Find(size);
-  Check(cl.clEnqueueReadBuffer(from.opened().queue(), place.memory, opencl::kTrue, place.offset,
+  Check(cl.clEnqueueReadBuffer(from.opened().queue(), from.Find(size), opencl::kTrue, from.offset,
                                size, to, 0, nullptr, nullptr),
         "copy a tensor from the device");
 }
@@ -142,13 +145,12 @@ void Read(const Part& from, char* to, size_t size) {
 void Copy(const Part& from, const Part& to, size_t size) {
   if (size == 0) return;
   if (from.is_host()) {
-    Write(from.pointer + from.offset, to, size);
+    Write(from.host_pointer(), to, size);
   } else if (to.is_host()) {
-    Read(from, to.pointer + to.offset, size);
+    Read(from, to.host_pointer(), size);
   } else if (from.device.device_id == to.device.device_id) {
-    Place source = from.Find(size), target = to.Find(size);
-    Check(cl.clEnqueueCopyBuffer(from.opened().queue(), source.memory, target.memory, source.offset,
-                                 target.offset, size, 0, nullptr, nullptr),
+    Check(cl.clEnqueueCopyBuffer(from.opened().queue(), from.Find(size), to.Find(size), from.offset,
+                                 to.offset, size, 0, nullptr, nullptr),
           "copy a tensor");
   } else {
     std::vector<char> staging(size);
@@ -184,8 +186,8 @@ class DeviceAPI final : public tvm::runtime::DeviceAPI {
 
   void CopyDataFromTo(const void* from, size_t from_offset, void* to, size_t to_offset, size_t size,
                       Device from_device, Device to_device, DLDataType, TVMStreamHandle) final {
-    Part source{from_device, static_cast<char*>(const_cast<void*>(from)), from_offset};
-    Part target{to_device, static_cast<char*>(to), to_offset};
+    Part source{from_device, const_cast<void*>(from), from_offset};
+    Part target{to_device, to, to_offset};
     Guarded([&] { Copy(source, target, size); });
   }
 };
@@ -246,7 +248,6 @@ class Module final : public tvm::ffi::ModuleObj {
     }
     opencl::Int code = cl.clEnqueueNDRangeKernel(device.queue(), kernel, 3, nullptr, global, local,
                                                  0, nullptr, nullptr);
-    device.ReleaseParts();
     if (code != opencl::kSuccess) {
       TVM_FFI_THROW(DeviceError)
           << device.Name() << " does not run the kernel " << info.name << " (" << Describe(code)
@@ -258,18 +259,21 @@ class Module final : public tvm::ffi::ModuleObj {
 
   static void SetArgument(OpenDevice& device, opencl::Kernel kernel, size_t index, DLDataType type,
                           const TVMFFIAny& value) {
-    if (type.code == kDLOpaqueHandle) {
-      device.SetPointer(kernel, index, value.v_ptr);
-      return;
-    }
-    size_t size = (type.bits + 7) / 8;
-    float narrow = static_cast<float>(value.v_float64);
-    // Integers come with 64 bits, the lowest first.
-    const void* data = &value.v_int64;
-    if (type.code == kDLFloat && type.bits == 32) data = &narrow;
     TVM_FFI_ICHECK(type.lanes == 1 && (type.code != kDLFloat || type.bits >= 32))
         << "a kernel takes a number of a type that is not known here";
-    Check(cl.clSetKernelArg(kernel, index, size, data), "set a number of a kernel");
+    size_t size = (type.bits + 7) / 8;
+    const void* data = &value.v_int64;  // integers come with 64 bits, the lowest first
+    opencl::Memory memory = nullptr;
+    float narrow = 0;
+    if (type.code == kDLOpaqueHandle) {
+      if (value.v_ptr != nullptr) memory = device.Find(value.v_ptr).memory;
+      data = &memory;
+      size = sizeof(memory);
+    } else if (type.code == kDLFloat && type.bits == 32) {
+      narrow = static_cast<float>(value.v_float64);
+      data = &narrow;
+    }
+    Check(cl.clSetKernelArg(kernel, index, size, data), "set an argument of a kernel");
   }
 
   opencl::Kernel Prepare(OpenDevice& device, const KernelInfo& info) {
@@ -279,7 +283,7 @@ class Module final : public tvm::ffi::ModuleObj {
     if (kernel == nullptr) {
       opencl::Int code;
       kernel = cl.clCreateKernel(found->second.program, info.name.c_str(), &code);
-      Check(code, "find the kernel " + info.name);
+      Check(code, ("find the kernel " + info.name).c_str());
     }
     return kernel;
   }
