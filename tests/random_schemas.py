@@ -19,22 +19,36 @@ _PATTERNS = (
     r"^[A-Z]\w{0,4}(-\w{1,3})?$",
 )
 _FORMATS = ("date", "time", "date-time", "email", "ipv4", "ipv6", "uuid", "hostname", "duration")
-_NOTES = {"title": "T", "description": "what it is", "examples": [1], "deprecated": False}
+_FORMATS += ("uri",)
+_NOTES = {
+    "title": "T",
+    "description": "what it is",
+    "examples": [1],
+    "deprecated": False,
+    "default": None,
+    "$comment": "as agreed",
+    "readOnly": True,
+    "writeOnly": False,
+}
 
 
 class SchemaMaker:
-    """Makes schemas from a seed; `$defs` are made along the way, and may refer to themselves."""
+    """Makes schemas from a seed; `$defs` are made along the way, and may refer to themselves.
+
+    Some of them go by their older name, `definitions`.
+    """
 
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
         self._defs: dict[str, Schema] = {}
+        self._place = "definitions" if self._random.random() < 0.2 else "$defs"
         self._num_refs = 0
 
     def make(self) -> Schema:
         """Return a schema, mostly of an object."""
         top = self._object(3) if self._random.random() < 0.7 else self._any(3)
         if self._defs:
-            top = {**top, "$defs": self._defs}
+            top = {**top, self._place: self._defs}
         if self._random.random() < 0.1:
             top["$schema"] = "https://json-schema.org/draft/2020-12/schema"
         return top
@@ -69,7 +83,7 @@ class SchemaMaker:
         roll = self._random.random()
         if roll < 0.3:
             return {"type": "string", "pattern": self._random.choice(_PATTERNS)}
-        if roll < 0.45:
+        if roll < 0.55:
             return {"type": "string", "format": self._random.choice(_FORMATS)}
         low = self._random.choice([0, 0, 1, 3])
         schema: Schema = {"type": "string", "maxLength": low + self._random.randint(0, 8)}
@@ -112,7 +126,7 @@ class SchemaMaker:
         if roll < 0.6:
             schema["additionalProperties"] = False
         elif roll < 0.75:
-            schema["additionalProperties"] = self._integer(0)
+            schema["additionalProperties"] = self._random.choice([self._integer(0), True])
         elif roll < 0.85:
             schema["patternProperties"] = {"^z[0-9]$": self._flat(0)}
             schema["additionalProperties"] = False
@@ -138,11 +152,27 @@ class SchemaMaker:
         return schema
 
     def _alternatives(self, depth: int) -> Schema:
-        if self._random.random() < 0.3:
+        roll = self._random.random()
+        if roll < 0.1:
+            return self._tagged(depth)
+        if roll < 0.4:
             kinds = self._random.sample([self._string, self._integer, self._object, self._array], 2)
             return {"oneOf": [kind(depth - 1) for kind in kinds]}
         options = [self._any(depth - 1) for _ in range(self._random.randint(2, 3))]
         return {"anyOf": options}
+
+    def _tagged(self, depth: int) -> Schema:
+        """Return objects of several kinds that a property tells apart."""
+        options = [
+            {
+                "type": "object",
+                "properties": {"kind": {"const": kind}, "it": self._any(depth - 1)},
+                "required": ["kind"],
+                "additionalProperties": False,
+            }
+            for kind in self._random.sample(("a", "b", "c"), 2)
+        ]
+        return {"oneOf": options, "discriminator": {"propertyName": "kind"}}
 
     def _both(self, depth: int) -> Schema:
         first, second = self._random.sample(_WORDS, 2)
@@ -156,19 +186,29 @@ class SchemaMaker:
     def _reference(self, depth: int) -> Schema:
         self._num_refs += 1
         name = f"d{self._num_refs}"
-        if self._random.random() < 0.3:
-            self._defs[name] = {
-                "type": "object",
-                "properties": {
-                    "value": self._integer(0),
-                    "next": {"anyOf": [{"$ref": f"#/$defs/{name}"}, {"type": "null"}]},
-                },
-                "required": ["value", "next"],
-                "additionalProperties": False,
-            }
+        roll = self._random.random()
+        if roll < 0.1:
+            return self._list_of("#")
+        if roll < 0.4:
+            self._defs[name] = self._list_of(self._pointer(name))
         else:
             self._defs[name] = self._any(depth - 1)
-        return {"$ref": f"#/$defs/{name}"}
+        return {"$ref": self._pointer(name)}
+
+    def _pointer(self, name: str) -> str:
+        return f"#/{self._place}/{name}"
+
+    def _list_of(self, pointer: str) -> Schema:
+        """Return objects of which each may lead to what a $ref points to."""
+        return {
+            "type": "object",
+            "properties": {
+                "value": self._integer(0),
+                "next": {"anyOf": [{"$ref": pointer}, {"type": "null"}]},
+            },
+            "required": ["value", "next"],
+            "additionalProperties": False,
+        }
 
 
 def random_schemas(count: int, seed: int = 0) -> list[Schema]:
