@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import anthropic
 import jsonschema
 import openai
 import pytest
@@ -63,37 +64,70 @@ def check_call(call: Any) -> tuple[str, dict[str, Any]]:
     return call.function.name, arguments
 
 
+async def ask_with_seed(client: openai.AsyncOpenAI, seed: int) -> Any:
+    """Return an answer that calls a tool; every other one is streamed."""
+    fields: dict[str, Any] = {
+        "model": MODEL,
+        "messages": QUESTION,
+        "tools": TOOLS,
+        "tool_choice": "required",
+        "parallel_tool_calls": False,
+        "temperature": 1.0,
+        "seed": seed,
+        "max_tokens": MAX_TOKENS,
+    }
+    if seed % 2:
+        async with client.chat.completions.stream(**fields) as stream:
+            return await stream.get_final_completion()
+    return await client.chat.completions.create(**fields)
+
+
 def test_required_gives_a_valid_call_with_every_seed(server: RunningServer) -> None:
     async def ask_all() -> list[Any]:
         async with openai.AsyncOpenAI(
             base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120
         ) as client:
-            return await asyncio.gather(
-                *(
-                    client.chat.completions.create(
-                        model=MODEL,
-                        messages=QUESTION,
-                        tools=TOOLS,
-                        tool_choice="required",
-                        parallel_tool_calls=False,
-                        temperature=1.0,
-                        seed=seed,
-                        max_tokens=MAX_TOKENS,
-                    )
-                    for seed in range(NUM_SEEDS)
-                )
-            )
+            return await asyncio.gather(*(ask_with_seed(client, seed) for seed in range(NUM_SEEDS)))
 
     answers = asyncio.run(ask_all())
     assert len(answers) == NUM_SEEDS
     seen = set()
-    for answer in answers:
+    for seed, answer in enumerate(answers):
         [choice] = answer.choices
-        assert (choice.finish_reason, choice.message.content) == ("tool_calls", None)
+        content = "" if seed % 2 else None  # a stream's first delta has text, if none
+        assert (choice.finish_reason, choice.message.content) == ("tool_calls", content)
         [call] = choice.message.tool_calls
         name, arguments = check_call(call)
         seen.add((name, json.dumps(arguments)))
     assert len(seen) > 10  # the seeds matter, the grammar leaves a choice
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_loop_of_two_tools_in_messages(server: RunningServer, stream: bool) -> None:
+    messages: list[Any] = list(QUESTION)
+    tools: list[Any] = [{"name": name, "input_schema": schema} for name, schema in SCHEMAS.items()]
+    with anthropic.Anthropic(base_url=server.url, api_key="none", timeout=120) as client:
+        for name in (None, *SCHEMAS):
+            choice = {"type": "any"} if name is None else {"type": "tool", "name": name}
+            fields: Any = {"model": MODEL, "messages": messages, "tools": tools}
+            fields |= {"tool_choice": {**choice, "disable_parallel_tool_use": True}}
+            fields["max_tokens"] = MAX_TOKENS
+            if stream:
+                with client.messages.stream(**fields) as events:
+                    message = events.get_final_message()
+            else:
+                message = client.messages.create(**fields)
+            [block] = message.content
+            assert (message.stop_reason, block.type) == ("tool_use", "tool_use")
+            assert name in (None, block.name)
+            jsonschema.validate(block.input, SCHEMAS[block.name])
+            messages.append({"role": "assistant", "content": message.content})
+            told = {"type": "tool_result", "tool_use_id": block.id, "content": "sunny, and 3"}
+            messages.append({"role": "user", "content": [told]})
+        last = client.messages.create(
+            model=MODEL, messages=messages, tools=tools, tool_choice={"type": "none"}, max_tokens=16
+        )
+        assert [block.type for block in last.content] == ["text"]
 
 
 @pytest.mark.parametrize("stream", [False, True])
