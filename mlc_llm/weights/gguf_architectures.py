@@ -19,6 +19,7 @@ from mlc_llm.weights.gguf_parts import (
     GPT2,
     GPT2_BLOCK,
     GPT2_FIELDS,
+    GPT_NEOX,
     HALVES,
     HEAD_NORMS,
     INTERNLM2,
@@ -28,6 +29,7 @@ from mlc_llm.weights.gguf_parts import (
     NO_RMS,
     NORMS,
     POST_NORMS,
+    QWEN,
     QWEN_EXPERTS,
     SHARED_EXPERT,
     TIED,
@@ -42,18 +44,7 @@ ARCHITECTURES = {
     "qwen": Architecture(
         "qwen",
         "QWenLMHeadModel",
-        {
-            "token_embd": "transformer.wte",
-            "output_norm": "transformer.ln_f",
-            "output": "lm_head",
-            "blk.{layer}.attn_norm": GPT2_BLOCK + "ln_1",
-            "blk.{layer}.attn_qkv": GPT2_BLOCK + "attn.c_attn",
-            "blk.{layer}.attn_output": GPT2_BLOCK + "attn.c_proj",
-            "blk.{layer}.ffn_norm": GPT2_BLOCK + "ln_2",
-            "blk.{layer}.ffn_up": GPT2_BLOCK + "mlp.w1",
-            "blk.{layer}.ffn_gate": GPT2_BLOCK + "mlp.w2",
-            "blk.{layer}.ffn_down": GPT2_BLOCK + "mlp.c_proj",
-        },
+        QWEN,
         fields={
             "num_key_value_heads": None,
             "attention_bias": None,
@@ -228,17 +219,7 @@ ARCHITECTURES = {
     "gptneox": Architecture(
         "gpt_neox",
         "GPTNeoXForCausalLM",
-        {
-            "token_embd": "gpt_neox.embed_in",
-            "output_norm": "gpt_neox.final_layer_norm",
-            "output": "embed_out",
-            "blk.{layer}.attn_norm": "gpt_neox.layers.{layer}.input_layernorm",
-            "blk.{layer}.attn_qkv": "gpt_neox.layers.{layer}.attention.query_key_value",
-            "blk.{layer}.attn_output": "gpt_neox.layers.{layer}.attention.dense",
-            "blk.{layer}.ffn_norm": "gpt_neox.layers.{layer}.post_attention_layernorm",
-            "blk.{layer}.ffn_up": "gpt_neox.layers.{layer}.mlp.dense_h_to_4h",
-            "blk.{layer}.ffn_down": "gpt_neox.layers.{layer}.mlp.dense_4h_to_h",
-        },
+        GPT_NEOX,
         {"blk.{layer}.attn_qkv": "qkv_groups"},
         fields={"rms_norm_eps": None, "rope_theta": "rotary_emb_base"},
         numbers={
@@ -247,6 +228,17 @@ ARCHITECTURES = {
         },
         constants={"hidden_act": "gelu"},
         has_partial_rotary=True,
+    ),
+    "mistral3": Architecture(
+        "ministral3_text",
+        "Ministral3ForCausalLM",
+        LLAMA,
+        HALVES,
+        # Of rope_scaling; see gguf_config.py.
+        numbers={
+            "llama_4_scaling_beta": ("attention.temperature_scale", "real", 0.0),
+            "mscale_all_dim": ("rope.scaling.yarn_log_multiplier", "real", 0.0),
+        },
     ),
     "olmo2": Architecture(
         "olmo2",

@@ -184,6 +184,8 @@ def _add_special_cases(file: GGUFFile, config: dict[str, Any], head_dim: int) ->
         config["rope_ratio"] = config.pop("rope_theta") / 10000
     if model_type == "cohere":
         config["use_qk_norm"] = "blk.0.attn_q_norm.weight" in file.tensors
+    if model_type == "ministral3_text":
+        _add_ministral_scaling(config)
     if model_type == "minicpm":
         _add_minicpm_factors(config)
     if model_type == "gpt_oss" and config["rope_scaling"]:
@@ -192,6 +194,16 @@ def _add_special_cases(file: GGUFFile, config: dict[str, Any], head_dim: int) ->
         config["clip_qkv"] = None
     if config.get("sliding_window") == 0:
         config["sliding_window"] = None
+
+
+def _add_ministral_scaling(config: dict[str, Any]) -> None:
+    """Put what belongs to YaRN where `config.json` has it; `mscale` is 1 in these files."""
+    strength, scale = config.pop("llama_4_scaling_beta"), config.pop("mscale_all_dim")
+    scaling = config["rope_scaling"] or {}
+    if scaling.get("type") == "yarn":
+        scaling["llama_4_scaling_beta"] = strength
+        if scale:
+            scaling.update(mscale=1.0, mscale_all_dim=scale)
 
 
 def _add_minicpm_factors(config: dict[str, Any]) -> None:

@@ -137,6 +137,29 @@ GPT2 = {
     "blk.{layer}.ffn_up": GPT2_BLOCK + "mlp.c_fc",
     "blk.{layer}.ffn_down": GPT2_BLOCK + "mlp.c_proj",
 }
+QWEN = {
+    "token_embd": "transformer.wte",
+    "output_norm": "transformer.ln_f",
+    "output": "lm_head",
+    "blk.{layer}.attn_norm": GPT2_BLOCK + "ln_1",
+    "blk.{layer}.attn_qkv": GPT2_BLOCK + "attn.c_attn",
+    "blk.{layer}.attn_output": GPT2_BLOCK + "attn.c_proj",
+    "blk.{layer}.ffn_norm": GPT2_BLOCK + "ln_2",
+    "blk.{layer}.ffn_up": GPT2_BLOCK + "mlp.w1",
+    "blk.{layer}.ffn_gate": GPT2_BLOCK + "mlp.w2",
+    "blk.{layer}.ffn_down": GPT2_BLOCK + "mlp.c_proj",
+}
+GPT_NEOX = {
+    "token_embd": "gpt_neox.embed_in",
+    "output_norm": "gpt_neox.final_layer_norm",
+    "output": "embed_out",
+    "blk.{layer}.attn_norm": "gpt_neox.layers.{layer}.input_layernorm",
+    "blk.{layer}.attn_qkv": "gpt_neox.layers.{layer}.attention.query_key_value",
+    "blk.{layer}.attn_output": "gpt_neox.layers.{layer}.attention.dense",
+    "blk.{layer}.ffn_norm": "gpt_neox.layers.{layer}.post_attention_layernorm",
+    "blk.{layer}.ffn_up": "gpt_neox.layers.{layer}.mlp.dense_h_to_4h",
+    "blk.{layer}.ffn_down": "gpt_neox.layers.{layer}.mlp.dense_4h_to_h",
+}
 GPT2_FIELDS: dict[str, str | None] = {
     "hidden_act": None,
     "hidden_size": "n_embd",

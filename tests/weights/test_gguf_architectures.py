@@ -332,6 +332,22 @@ def test_chatglm(tmp_path):
     assert find_family(config).config_from_huggingface(config).position_embedding_base == 5000000
 
 
+def test_queries_of_ministral_grow_after_the_trained_length(tmp_path):
+    yarn = {"type": "yarn", "factor": 4.0, "original_context_length": 64}
+    scaling = {f"rope__scaling__{key}": value for key, value in yarn.items()}
+    more = {"attention__temperature_scale": 0.1, "rope__scaling__yarn_log_multiplier": 0.5}
+    config = config_of(tmp_path, "mistral3", **scaling, **more)
+    found = find_family(config).config_from_huggingface(config)
+    assert (found.query_scale.strength, found.query_scale.period) == (0.1, 64)
+    # YaRN's factor for mscale, over that for mscale_all_dim.
+    growth = np.log(4) / 10
+    assert found.ropes[0].table_scale == pytest.approx((1 + growth) / (1 + 0.5 * growth))
+    config = config_of(tmp_path, "mistral3", **scaling)
+    found = find_family(config).config_from_huggingface(config)
+    assert found.query_scale is None and found.ropes[0].table_scale == pytest.approx(1 + growth)
+    assert config_of(tmp_path, "mistral3")["rope_scaling"] is None
+
+
 def test_minicpm_of_early_converters(tmp_path):
     """Their files lack the factors; llama.cpp takes those of the model for 2B."""
     new = {"embedding_scale": 12.0, "residual_scale": 1.4 / 40**0.5, "logit_scale": 64 / 256}

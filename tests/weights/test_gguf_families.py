@@ -94,7 +94,7 @@ def metadata_of(config, architecture):
     if first(scaling | rope, "rope_type", "type") == "linear":
         values["rope.scaling.type"] = "linear"
         values["rope.scaling.factor"] = first(scaling | rope, "factor")
-    if config["model_type"] == "gpt_oss":
+    if config["model_type"] in ("gpt_oss", "ministral3"):
         values["rope.scaling.type"] = "yarn"
         values["rope.scaling.factor"] = rope["factor"]
         original = rope["original_max_position_embeddings"]
