@@ -82,6 +82,24 @@ class TinyModels:
                 unfinished.rename(output)
         return output
 
+    def gpu_runner(self, name: str, quantization: str, device: str) -> ModelRunner:
+        """Return a runner with `NUM_PAGES` pages in the memory of a GPU, made anew."""
+        from mlc_llm.compiler.compile import CompileOptions, compile_model
+        from mlc_llm.runtime.library import load_library
+        from mlc_llm.runtime.model import CompiledRunner
+        from mlc_llm.runtime.parameters import load_parameters
+
+        artifact = self.artifact(name, quantization)
+        output = self.root / name / f"{quantization}-{device.replace(':', '-')}"
+
+        def make(directory: Path) -> None:
+            config = read_chat_config(artifact)
+            compile_model(config, CompileOptions(device), lambda _: None).save_objects(directory)
+
+        loaded = load_library(self._made(output, make), device)
+        parameters = load_parameters(artifact, loaded, lambda _: None)
+        return CompiledRunner(loaded, parameters, NUM_PAGES)
+
     def runner(
         self, name: str, quantization: str = "q0f32", opt: str = FLOAT_OPT, **overrides: Any
     ) -> ModelRunner:

@@ -1,17 +1,20 @@
-"""The read bandwidth of this machine, measured in a child process on memory of its own.
+"""The bandwidth of a machine's memory, and of a GPU's. Knows nothing of models.
 
-A child, because the memory it reads must not count as the model's. Knows nothing of models.
+The machine's is measured in a child process: the memory it reads must not count as the model's.
 """
 
 from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
-from mlc_llm.device import cpus_of_cores
+from mlc_llm.device import Device, cpus_of_cores
 from mlc_llm.errors import MlcError
+from mlc_llm.runtime.gpu_memory import GPUMemory
 
+_COPIED_BYTES, _COPIES = 256 << 20, 10
 _READER_PATH = Path(__file__).with_name("bandwidth_reader.py")
 
 
@@ -52,3 +55,26 @@ class BandwidthMeter:
                     stream.close()
                 except BrokenPipeError:  # a question that the child did not live to read
                     continue
+
+
+class GPUBandwidthMeter:
+    """Measures how fast a GPU copies its memory, which is reading and writing. Needs a runner's
+    library to be loaded."""
+
+    def __init__(self, device: Device) -> None:
+        self._memory = GPUMemory(device)
+        self._from, self._to = (self._memory.empty((_COPIED_BYTES,), "uint8") for _ in range(2))
+
+    def read_gb_s(self) -> float:
+        """Return the best of some copies, in GB/s that are read and written."""
+        seconds = []
+        for _ in range(_COPIES):
+            start = time.perf_counter()
+            self._memory.copy(self._from, self._to)
+            self._memory.wait()
+            seconds.append(time.perf_counter() - start)
+        return 2 * _COPIED_BYTES / min(seconds) / 1e9
+
+    def close(self) -> None:
+        """Free its memory."""
+        self._from = self._to = None

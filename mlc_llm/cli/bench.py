@@ -157,16 +157,18 @@ def _require_at_least(name: str, value: int, least: int) -> None:
 def _measure(
     subject: Subject, workloads: Sequence[Workload], *, repeats: int, warmup: int
 ) -> Report:
-    from mlc_llm.bench.bandwidth import BandwidthMeter
+    from mlc_llm.bench.bandwidth import BandwidthMeter, GPUBandwidthMeter
     from mlc_llm.bench.measure import measure
     from mlc_llm.bench.report import Report, peak_rss_bytes
     from mlc_llm.device import parse_device
 
-    device = parse_device(subject.device)
+    parse_device(subject.device)
     with show_progress() as progress:
         loaded = load_subject(subject, workloads, progress)
     measurements = []
-    with closing(loaded.runner), closing(BandwidthMeter(loaded.threads)) as meter:
+    device = loaded.device
+    made = GPUBandwidthMeter(device) if device.is_gpu else BandwidthMeter(loaded.threads)
+    with closing(loaded.runner), closing(made) as meter:
         for workload in workloads:
             # No bar: drawing it would take time from the threads that are measured.
             say(f"measuring {workload} ...")

@@ -17,6 +17,7 @@ from mlc_llm.errors import OptionError
 
 if TYPE_CHECKING:
     from mlc_llm.bench.workloads import Workload
+    from mlc_llm.device import Device
     from mlc_llm.prepare.caches import Caches
     from mlc_llm.prepare.progress import Progress
     from mlc_llm.runtime.runner import ModelRunner
@@ -58,6 +59,7 @@ class LoadedModel:
     """A runner, and what it took to get there; compile_s is None where nothing was compiled."""
 
     runner: ModelRunner
+    device: Device
     quantization: str
     threads: int
     weight_bytes: int
@@ -105,7 +107,8 @@ def load_subject(
     load_s = time.perf_counter() - start
     runner.touch_pages()
     weight_bytes = weight_bytes_of(metadata, parameters)
-    return LoadedModel(runner, config.quantization, num_threads(), weight_bytes, load_s, compile_s)
+    found = (config.quantization, num_threads(), weight_bytes, load_s, compile_s)
+    return LoadedModel(runner, loaded.device, *found)
 
 
 def _write_config(path: Path, quantization: str | None, work: Path) -> Path:

@@ -73,7 +73,6 @@ def sample_on_host(target: tvm.target.Target) -> Any:
         "global_symbol": HOST_SAMPLE,
         "target": target.host,
         "tirx.is_scheduled": True,
-        "tirx.is_host_func": True,
     }
     return sample().with_attr(attributes)
 

@@ -13,7 +13,7 @@ from tvm.relax.frontend.nn import spec
 
 from mlc_llm.errors import UnsupportedModel
 from mlc_llm.models.base import STEP_ENTRIES, CausalLM
-from mlc_llm.nn import gpu_ops
+from mlc_llm.nn import gpu_attention
 
 # Steps of any number of tokens, and of one.
 FORWARD, FORWARD_SINGLE = STEP_ENTRIES["chat"], "forward_single"
@@ -33,7 +33,7 @@ class GPUEntries:
 
     def copy_pages(self, pages: nn.Tensor, sources: nn.Tensor, targets: nn.Tensor) -> nn.Tensor:
         """Copy pages of one layer, in place; sources, targets (m) int32."""
-        return gpu_ops.copy_pages(pages, sources, targets)
+        return gpu_attention.copy_pages(pages, sources, targets)
 
     def export_spec(self) -> spec.ModuleSpec:
         """Return the signatures of the entries for the exporter, with symbolic sizes."""

@@ -54,7 +54,8 @@ class GPUMemory:
         self._device = tvm_ffi.device(device_code(device), device.id)
         self._alloc, self._view = function("AllocWithScope"), function("CreateView")
         self._copy_in, self._copy_out = function("CopyFromBytes"), function("CopyToBytes")
-        self._copy = function("CopyFromTo")
+        self.copy = function("CopyFromTo")  # from a tensor to another
+        self._wait = tvm_ffi.get_global_func("runtime.Device_StreamSync")
         self._inputs: list[Any] = []
 
     def empty(self, shape: Sequence[int], dtype: str) -> Any:
@@ -84,7 +85,7 @@ class GPUMemory:
         self._fill(first, np.zeros(piece, np.uint8))
         for start in range(piece, size, piece or 1):
             count = min(piece, size - start)
-            self._copy(self._bytes_of(first, 0, count), self._bytes_of(tensor, start, count))
+            self.copy(self._bytes_of(first, 0, count), self._bytes_of(tensor, start, count))
 
     def put(self, array: NDArray[Any]) -> Any:
         """Return a tensor with the content of an array. Raises DeviceError."""
@@ -112,6 +113,10 @@ class GPUMemory:
         if array.nbytes:
             self._copy_out(tensor, array.ctypes.data_as(ctypes.c_void_p), array.nbytes)
         return array
+
+    def wait(self) -> None:
+        """Return when all that was started has ended."""
+        self._wait(self._device, 0)
 
     def _bytes_of(self, tensor: Any, start: int, count: int) -> Any:
         return self._view(tensor, self._ffi.Shape((count,)), self._ffi.dtype("uint8"), start)

@@ -204,7 +204,7 @@ class CompiledRunner:
 
 def _sampler_on_host(library: Library) -> Any:
     """Return what a library for a GPU has in place of `sample`: a kernel for the CPU."""
-    kernel = library.module["sample_on_host"]
+    kernel = library.module.get_function("sample_on_host", query_imports=True)
 
     def sample(logits: Any, *settings: Any) -> Any:
         tokens = as_tensor(aligned_zeros((int(logits.shape[0]),), np.int32))
