@@ -6,6 +6,7 @@ nowhere else are rendered and looked for. Does not know token ids.
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +25,7 @@ Render = Callable[[Messages, Sequence[Mapping[str, Any]] | None], str]
 _USER = {"role": "user", "content": "probe_user"}
 _TOOL = Tool("probe_tool", "probe_description", {"type": "object", "properties": {}})
 _ID = "abcdefghi"
-_ARGUMENTS = {"probe_key": "probe_value"}
+_KEY = "probe_key"
 
 INSTRUCTIONS = """You may call functions. They are, with the JSON schemas of their arguments:
 {functions}
@@ -41,6 +42,7 @@ class Abilities:
     tools: it takes them as a variable, or in a system message, or not at all. arguments: as objects
     or as texts, None where it does not write calls. content: that of a message which only calls.
     results: whether it has messages of the role `tool`. system: whether it has system messages.
+    several: whether it writes more than one call of a message.
     """
 
     tools: Literal["variable", "message"] | None = None
@@ -48,6 +50,7 @@ class Abilities:
     content: str | None = ""
     results: bool = False
     system: bool = True
+    several: bool = True
 
 
 @dataclass(frozen=True)
@@ -135,6 +138,8 @@ class ToolPrompts:
                 if abilities.content is None and not whole.get("content"):
                     bare.add(len(fitted))
             fitted.append(whole)
+        if not abilities.several:
+            fitted, bare = _with_calls_apart(fitted, bare, abilities.content)
         variable = None
         if tools:
             described = [tool.to_template() for tool in tools]
@@ -227,15 +232,21 @@ def _find_abilities(render: Render) -> Abilities:
     tools: Literal["variable", "message"] | None = "message" if in_message else None
     if has_variable:
         tools = "variable"
+
+    def ask(content: str | None, kind: str, *values: str) -> dict[str, Any]:
+        """Return a message with a call for each value."""
+        calls = []
+        for value in values:
+            arguments: Any = {_KEY: value}
+            if kind == "text":
+                arguments = json.dumps(arguments)
+            function = {"name": "probe_tool", "arguments": arguments}
+            calls.append({"id": _ID, "type": "function", "function": function})
+        return {"role": "assistant", "content": content, "tool_calls": calls}
+
     for content in ("", None):
         for kind in ("object", "text"):
-            arguments: Any = _ARGUMENTS if kind == "object" else json.dumps(_ARGUMENTS)
-            call = {
-                "id": _ID,
-                "type": "function",
-                "function": {"name": "probe_tool", "arguments": arguments},
-            }
-            asked: dict[str, Any] = {"role": "assistant", "content": content, "tool_calls": [call]}
+            asked = ask(content, kind, "probe_value")
             told = {"role": "tool", "content": "probe_result", "tool_call_id": _ID}
             told["name"] = "probe_tool"
             for results in (True, False):
@@ -245,7 +256,9 @@ def _find_abilities(render: Render) -> Abilities:
                 # As text within text, or in Python's words, it would teach the model to write so.
                 if text and '\\"probe' not in text and "'probe" not in text:
                     form: Any = kind
-                    return Abilities(tools, form, content, results, has_system)
+                    two = [_USER, ask(content, kind, "probe_value", "probe_other")]
+                    has_two = find(two, "probe_value", "probe_other") is not None
+                    return Abilities(tools, form, content, results, has_system, has_two)
     return Abilities(tools, system=has_system)
 
 
@@ -277,6 +290,47 @@ def _read_calls(message: Mapping[str, Any], number: int) -> list[tuple[str | Non
 def _read_whole(digits: str) -> int | float:
     # Python reads no longer ones, to keep the time bounded.
     return int(digits) if len(digits) <= 4300 else float(digits)
+
+
+def _with_calls_apart(
+    messages: Messages, bare: set[int], content: str | None
+) -> tuple[Messages, set[int]]:
+    """Return messages with one call each, its result after it; and the numbers of bare ones.
+
+    content: that of a message which only calls, as in `Abilities`.
+    """
+    apart: Messages = []
+    still_bare: set[int] = set()
+    end = 0
+    for number, message in enumerate(messages):
+        if number < end:
+            continue
+        if number in bare:
+            still_bare.add(len(apart))
+        calls = message.get("tool_calls") or ()
+        if len(calls) < 2:
+            apart.append(message)
+            continue
+        first, *more = calls
+        told = itertools.takewhile(lambda one: one.get("role") == "tool", messages[number + 1 :])
+        results = list(told)
+        end = number + 1 + len(results)
+        apart.append({**message, "tool_calls": [first]})
+        _move_result_of(first, results, apart)
+        for call in more:
+            if content is None:
+                still_bare.add(len(apart))
+            apart.append({"role": message["role"], "content": "", "tool_calls": [call]})
+            _move_result_of(call, results, apart)
+        apart += results
+    return apart, still_bare
+
+
+def _move_result_of(call: Mapping[str, Any], results: Messages, to: Messages) -> None:
+    for place, result in enumerate(results):
+        if result.get("tool_call_id") == call.get("id"):
+            to.append(results.pop(place))
+            return
 
 
 def _place_in_system(messages: Messages, text: str = "", tools: str | None = None) -> int:

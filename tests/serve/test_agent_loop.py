@@ -10,6 +10,7 @@ import openai
 import pytest
 from agents import (
     ADD,
+    END,
     TEMPLATE,
     TOKENIZER,
     TOOLS,
@@ -64,6 +65,20 @@ def test_agent_calls_two_tools_and_answers(name: str) -> None:
                 history = 'get_weather{"city": "Paris \\"x\\""}<result>sunny in Paris "x"'
                 assert history in runner.prompts[1]
                 assert 'add{"a": 1, "b": 2}<result>3' in runner.prompts[2]
+        # Where calls are enforced, there may be several, or there is to be one.
+        both = get_format(name).shape.write([WEATHER, ADD])
+        runner.replies[0] = [*TOKENIZER.encode(both), END]
+        for parallel, names in ((True, ["get_weather", "add"]), (False, ["get_weather"])):
+            message, reason = ask(
+                client,
+                QUESTION,
+                stream=True,
+                tools=TOOLS,
+                tool_choice="required",
+                parallel_tool_calls=parallel,
+            )
+            assert [call["function"]["name"] for call in message["tool_calls"]] == names
+            assert reason == "tool_calls" and not message.get("content")
 
 
 def test_parallel_calls_and_their_limit() -> None:

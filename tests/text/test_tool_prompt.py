@@ -38,6 +38,13 @@ GEMMA = """{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception(
 {% endif %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('turns') }}\
 {% endif %}<start_of_turn>{{ m.role }}\n{{ m.content }}<end_of_turn>{% endfor %}"""
 
+# Writes one call of a message, and refuses others or leaves them out.
+ONE_CALL = """{% for m in messages %}{% if m.tool_calls %}{% if m.tool_calls | length != 1 %}\
+{{ raise_exception('one at a time') }}{% endif %}[{{ m.content or '' }}]\
+{{ m.tool_calls[0].function | tojson }}{% elif m.role == 'tool' %}<{{ m.content }}>{% else %}\
+{{ m.role + ':' + m.content }}{% endif %}{% endfor %}"""
+FIRST_CALL = ONE_CALL.replace("{{ raise_exception('one at a time') }}", "")
+
 ADD = Tool("add", "Adds.", {"type": "object", "properties": {"a": {"type": "number"}}})
 USER = {"role": "user", "content": "What is 1 + 2?"}
 
@@ -110,6 +117,18 @@ def test_template_may_take_tools_in_the_system_message(render: Loop) -> None:
     assert text.startswith('<|tool|>[{"name": "add"')
     assert '<|assistant|>Well.\n<|tool_call|>[{"name": "add", "arguments": {"a": 1}}]' in text
     assert text.endswith("<|user|>Result of add: 3")
+
+
+@pytest.mark.parametrize("template", [ONE_CALL, FIRST_CALL])
+def test_templates_of_one_call_get_several_apart(render: Loop, template: str) -> None:
+    calls = asked('{"a": 1}', '{"a": 2}', '{"a": 3}', content="Well.")
+    messages = [USER, calls, told(1, "is 2"), told(0, "is 1"), USER]
+    abilities, text = render(template, "llama", messages)
+    assert abilities == Abilities(None, "object", "", True, True, several=False)
+    text = text.replace('{"arguments": {"a": ', "").replace('}, "name": "add"}', "")
+    text = text.replace('{"name": "add", "arguments": {"a": ', "").replace("}}", "")
+    question = "user:What is 1 + 2?"
+    assert text.partition(question)[2] == f"[Well.]1<is 1>[]2<is 2>[]3{question}"
 
 
 def test_template_without_tools_gets_them_as_text(render: Loop) -> None:

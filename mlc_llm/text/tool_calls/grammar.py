@@ -16,6 +16,7 @@ MAX_CALLS = 16  # of one answer: a model that never ends its list would fill the
 _SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
 _HARMONY_START = "<|start|>"
+_HARMONY_TURN = "<|end|><|start|>assistant"
 
 
 def call_grammar(
@@ -35,11 +36,11 @@ def call_grammar(
     is_free = use.choice != "required" and content is None
     if (is_free and not any(tool.strict for tool in tools)) or not (tools or content is not None):
         return None
-    limit = shape.max_calls if use.parallel and use.name is None else 1
+    limit = MAX_CALLS if use.parallel and use.name is None else 1
     writer = _Writer(shape, token_ids)
     rules = ["%llguidance {}"]
     if use.choice == "required":
-        rules += writer.required(limit or MAX_CALLS)
+        rules += writer.required(limit)
     elif content is None:
         rules += writer.free_text(limit)
     elif tools and not shape.trigger and _HARMONY_START not in shape.special:
@@ -47,7 +48,7 @@ def call_grammar(
         options = [_call_schema(shape, tool, bound=tool.strict) for tool in tools] + [content]
         return "\n".join([*rules, f"start: %json {json.dumps(_any_of(options))}", ""])
     else:
-        rules += writer.calls_or_json(limit or MAX_CALLS, content, has_tools=bool(tools))
+        rules += writer.calls_or_json(limit, content, has_tools=bool(tools))
     if not tools:
         return "\n".join([*rules, ""])
     for number, tool in enumerate(tools):
@@ -76,7 +77,7 @@ class _Writer:
         return [
             f"start: thought? {calls}",
             f"thought: {self._text('<|channel|>analysis<|message|>')} TEXT "
-            f"{self._text('<|end|><|start|>assistant')}",
+            f"{self._text(_HARMONY_TURN)}",
             "TEXT: /(.|\\n)*/",
         ]
 
@@ -84,12 +85,12 @@ class _Writer:
         """Return the rules of an answer that may have calls."""
         shape = self._shape
         text = "TEXT: /(.|\\n)*/"
-        calls = self._list_of("call", limit or MAX_CALLS)
+        calls = self._list_of("call", limit)
         if _HARMONY_START in shape.special:
             # What is addressed to a function is a call; other messages are free.
             message = self._text("<|message|>")
             return [
-                f"start: (message {self._text('<|end|><|start|>assistant')})* (message | call)",
+                f"start: (message {self._text(_HARMONY_TURN)})* (message | {calls})",
                 f"message: {self._text('<|channel|>')} CHANNEL {message} TEXT",
                 'CHANNEL: "analysis" | "commentary" | "final"',
                 text,
@@ -106,7 +107,7 @@ class _Writer:
         else:
             before = f"before[lazy]: /(.|\\n)*/ {self._text(head)}"
         # Where each call has the trigger, more calls are more blocks.
-        more = self._more("call", limit or MAX_CALLS) if shape.open else ""
+        more = self._more("call", limit) if shape.open else ""
         block = self._join("before", self._text(rest), "rest", more, self._text(shape.close))
         repeat = "?" if limit == 1 else f"{{0,{MAX_CALLS}}}"
         return [f"start: block{repeat} TEXT", f"block: {block}", before, text]
@@ -125,9 +126,9 @@ class _Writer:
             return [f"start: {calls} | json" if has_tools else "start: json", json_rule]
         message = self._text("<|message|>")
         return [
-            "start: thought* (call | final)" if has_tools else "start: thought* final",
+            f"start: thought* ({calls} | final)" if has_tools else "start: thought* final",
             f"thought: {self._text('<|channel|>')} CHANNEL {message} TEXT "
-            f"{self._text('<|end|><|start|>assistant')}",
+            f"{self._text(_HARMONY_TURN)}",
             f"final: {self._text('<|channel|>final<|message|>')} json",
             'CHANNEL: "analysis" | "commentary"',
             "TEXT: /(.|\\n)*/",

@@ -79,7 +79,7 @@ class CallShape:
     """How calls are written, as texts around names and arguments; special tokens are among them.
 
     trigger: the beginning of `open + begin` at which a free answer turns into calls; "" where only
-    the whole answer can be calls. max_calls: how many an answer may have, 0 for any number.
+    the whole answer can be calls.
     special: texts that are tokens of their own in the vocabularies of such models.
     """
 
@@ -90,7 +90,6 @@ class CallShape:
     close: str = ""
     separator: str = "\n"
     trigger: str = ""
-    max_calls: int = 0
     special: tuple[str, ...] = field(default=())
 
     def write(self, calls: list[WrittenCall]) -> str:
