@@ -307,7 +307,7 @@ def _with_calls_apart(
             continue
         if number in bare:
             still_bare.add(len(apart))
-        calls = message.get("tool_calls") or ()
+        calls: list[Any] = message.get("tool_calls") or []
         if len(calls) < 2:
             apart.append(message)
             continue
