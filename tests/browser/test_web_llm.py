@@ -6,22 +6,16 @@ WebGPU is SwiftShader's, which computes on the CPU and has no float16.
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-from mlc_llm.prepare.cache import CacheHome
+from in_chromium import Browser
+from web_models import greedy_text_on_the_cpu, link_in_seconds, make_web_model
 
 pytestmark = [pytest.mark.cpu, pytest.mark.timeout(1500)]
 
-HERE = Path(__file__).parent
 OPENING = "Once upon a time"
-CHROMIUMS = ("chromium", "chromium-browser", "google-chrome", "chrome")
-Calls = list[dict[str, Any]]
 
 
 def chat(**options: Any) -> dict[str, Any]:
@@ -30,70 +24,15 @@ def chat(**options: Any) -> dict[str, Any]:
     return {"method": "chat", "body": {"messages": messages, "temperature": 0, **options}}
 
 
-class Browser:
-    """Asks models in a browser; programs are those it needs."""
-
-    def __init__(self, node: str, chromium: str, modules: Path) -> None:
-        self._command = [node, str(HERE / "ask_in_browser.mjs"), str(modules), chromium]
-
-    def ask(self, model: Path, calls: Calls) -> list[dict[str, Any]]:
-        """Return the answers of a model, a directory with `model.wasm`, to calls."""
-        request = json.dumps({"model": str(model), "calls": calls})
-        done = subprocess.run(
-            [*self._command, request], capture_output=True, text=True, timeout=1200
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-        result = json.loads(done.stdout.splitlines()[-1])
-        assert "error" not in result, f"{result['error']}\n{done.stderr[-2000:]}"
-        answers: list[dict[str, Any]] = result["answers"]
-        return answers
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Browser:
-    if shutil.which("emcc") is None:
-        pytest.skip("Emscripten is not installed; `apt-get install emscripten` gets it")
-    chromium = next(filter(None, map(shutil.which, CHROMIUMS)), None)
-    if chromium is None:
-        pytest.skip("no Chromium is installed; `apt-get install chromium` gets one")
-    node, npm = shutil.which("node"), shutil.which("npm")
-    if node is None or npm is None:
-        pytest.skip("node and npm are not installed; `apt-get install npm` gets both")
-    modules = HERE / "node_modules"
-    if not modules.is_dir():
-        place = tmp_path_factory.mktemp("npm")
-        shutil.copy(HERE / "package.json", place)
-        install = [npm, "install", "--no-audit", "--no-fund", "--ignore-scripts"]
-        done = subprocess.run(install, cwd=place, capture_output=True, text=True, timeout=300)
-        if done.returncode != 0:
-            pytest.skip(f"npm cannot install the packages of {HERE / 'package.json'}")
-        modules = place / "node_modules"
-    return Browser(node, chromium, modules)
-
-
 @pytest.fixture(scope="module")
 def make_model(tmp_path_factory: pytest.TempPathFactory, stories260k: Path) -> Any:
     """Return a function: quantization -> a directory with the stories model for browsers."""
-    from mlc_llm.artifact import read_chat_config
-    from mlc_llm.compiler.compile import CompileOptions, compile_model
-    from mlc_llm.prepare.progress import NullProgress
-    from mlc_llm.prepare.resolve import convert_weights, write_chat_config_for
-
     made: dict[str, Path] = {}
 
     def make(quantization: str) -> Path:
         if quantization not in made:
-            directory = tmp_path_factory.mktemp(quantization)
-            write_chat_config_for(stories260k, directory, quantization=quantization)
-            convert_weights(
-                stories260k, directory, quantization=quantization, progress=NullProgress()
-            )
-            options = CompileOptions(device="webgpu")
-            compiled = compile_model(read_chat_config(directory), options, lambda _: None)
-            # The runtime takes minutes to build, so it is kept where users keep theirs.
-            cache = CacheHome.from_environment(dict(os.environ)).root / "wasm_runtime"
-            compiled.save(directory / "model.wasm", cache, lambda _: None)
-            made[quantization] = directory
+            made[quantization] = tmp_path_factory.mktemp(quantization)
+            make_web_model(stories260k, made[quantization], quantization)
         return made[quantization]
 
     return make
@@ -140,20 +79,12 @@ def test_settings_of_a_draw(browser: Browser, make_model: Any) -> None:
 
 
 def test_quantized_text_equals_the_cpu(browser: Browser, make_model: Any, tmp_path: Path) -> None:
-    from mlc_llm.artifact import read_chat_config
-    from mlc_llm.compiler.compile import CompileOptions, compile_model
-    from mlc_llm.engine.session import ChatSession, SamplingParams
-
-    model, library = make_model("q4f32_1"), tmp_path / "library"
-    options = CompileOptions(device="cpu", opt="O2;activations=float32")
-    compile_model(read_chat_config(model), options, lambda _: None).save_objects(library)
-    session = ChatSession.open(model, library)
-    try:
-        prompt = [1, *session.tokenizer.encode(OPENING)]
-        greedy = SamplingParams(temperature=0, max_tokens=20)
-        tokens = list(session.generate(prompt, greedy))
-        expected = session.tokenizer.decode([*prompt, *tokens])
-    finally:
-        session.close()
+    model = make_model("q4f32_1")
+    expected = greedy_text_on_the_cpu(model, tmp_path / "library", OPENING, 20)
     (answer,) = browser.ask(model, [chat(max_tokens=20)])
     assert OPENING + answer["text"] == expected
+
+
+def test_a_model_links_in_seconds(browser: Browser, make_model: Any, tmp_path: Path) -> None:
+    """Once the runtime is built. It takes 2 seconds of a processor, benchmarks/LOG.md."""
+    assert link_in_seconds(make_model("q4f32_1"), tmp_path / "model.wasm") < 15
