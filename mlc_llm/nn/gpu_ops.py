@@ -19,9 +19,6 @@ from mlc_llm.nn.activations import ACTIVATIONS
 from mlc_llm.nn.kernel_call import call, kernel_of
 from mlc_llm.nn.rope import RopeConfig
 
-# What words of codes the kernels take apart.
-_CODE_BITS = (3, 4, 8)
-
 
 def known_rows(x: nn.Tensor) -> int | None:
     """Return the number of rows, None where it is known at run time only."""
@@ -198,11 +195,10 @@ def pack_group(
     """Return words and scales: they are used as they are stored. Raises UnsupportedModel."""
     del in_features
     assert not byte_codes, "codes are widened for the int8 kernels of CPUs only"
-    is_known = form.bits in _CODE_BITS and not form.has_minimum and form.float_code is None
-    if not is_known:
+    if form.float_code is not None:
         raise UnsupportedModel(
-            "its weights are quantized in a way that GPU kernels do not read yet; convert it to "
-            "q4f16_1"
+            "its weights are 8-bit floats, which GPU kernels do not read yet; convert it to "
+            "q4f16_1 or q8f16_1"
         )
     return q_weight, q_scale
 

@@ -101,7 +101,10 @@ def _embed(n: RowCount, features: int, weight: Weight, stored: list[Any]) -> Any
 def _packed(out_features: int, in_features: int, form: GroupFormat) -> tuple[Any, Any]:
     """Return placeholders of words and scales, (out, ...), or (..., out) where transposed."""
     groups = form.num_groups(in_features)
-    shapes = [(out_features, groups * form.words_per_group), (out_features, groups)]
+    shapes = [
+        (out_features, groups * form.words_per_group),
+        (out_features, groups * form.scales_per_group),
+    ]
     if form.is_transposed:
         shapes = [shape[::-1] for shape in shapes]
     return tensor("words", shapes[0], "uint32"), tensor("scales", shapes[1], form.scale_dtype)
@@ -114,11 +117,26 @@ def _dequantized(words: Any, scales: Any, form: GroupFormat) -> Weight:
     def at(tensor: Any, row: Any, column: Any) -> Any:
         return tensor[column, row] if form.is_transposed else tensor[row, column]
 
+    def field(word: Any, shift: Any, bits: int) -> Any:
+        return (word >> tirx.Cast("uint32", shift)) & tirx.const((1 << bits) - 1, "uint32")
+
+    def code(o: Any, k: Any) -> Any:
+        if not form.high_bits:
+            return field(at(words, o, k // per_word), k % per_word * form.bits, form.bits)
+        first, place = k // per_group * form.words_per_group, k % per_group
+        low = at(words, o, first + place // per_word)
+        word, shift = form.high_bits_at(place)
+        high = at(words, o, first + form.low_words + word)
+        return field(low, place % per_word * form.low_bits, form.low_bits) | (
+            field(high, shift, form.high_bits) << tirx.const(form.low_bits, "uint32")
+        )
+
     def weight(o: Any, k: Any) -> Any:
-        shift = tirx.Cast("uint32", k % per_word * form.bits)
-        mask = tirx.const((1 << form.bits) - 1, "uint32")
-        code = (at(words, o, k // per_word) >> shift) & mask
-        value = tirx.Cast("float32", code) - constant(form.zero_point)
-        return narrow(value * wide(at(scales, o, k // per_group)), form.scale_dtype)
+        value, group = tirx.Cast("float32", code(o, k)), k // per_group
+        if form.has_minimum:
+            scale, minimum = (wide(at(scales, o, group * 2 + i)) for i in range(2))
+            return narrow(value * scale + minimum, form.scale_dtype)
+        scale = wide(at(scales, o, group))
+        return narrow((value - constant(form.zero_point)) * scale, form.scale_dtype)
 
     return weight

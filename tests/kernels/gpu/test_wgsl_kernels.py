@@ -7,8 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mlc_llm.kernels.cpu.group_format import GroupFormat
 from mlc_llm.kernels.gpu import linear, rope, rows, sampling, sorting
 from mlc_llm.quantization.apply import group_format
+from mlc_llm.quantization.encoded import GroupCodes
+from mlc_llm.quantization.formats import pack_codes
 from mlc_llm.quantization.group import dequantize_group, quantize_group
 from mlc_llm.quantization.schemes import get_scheme
 
@@ -184,6 +187,31 @@ def test_product_with_quantized_weights(webgpu, name, n) -> None:
     x = normal((n, width), scheme.dtype)
     expected = (x.astype(np.float64) @ stored.astype(np.float64).T).astype(scheme.dtype)
     kernel = linear.group_matmul(known(n), 96, width, form, scheme.dtype, False)
+    check(webgpu, kernel, expected, x=x, words=words, scales=scales)
+
+
+@pytest.mark.parametrize("n", [1, 70])
+@pytest.mark.parametrize(
+    ("bits", "group_size", "zero"),
+    [(4, 32, 8), (4, 32, None), (5, 32, 16), (5, 32, None), (6, 16, 32), (8, 32, 128)],
+)
+def test_product_with_the_codes_of_a_file(webgpu, bits, group_size, zero, n) -> None:
+    """Codes as GGUF files have them: in two planes, around a zero or above a minimum."""
+    if not webgpu.has_float16:
+        pytest.skip(f"{webgpu.name} has no shader-f16")
+    form = GroupFormat(bits, group_size, "float16", False, zero, has_minimum=zero is None)
+    random = np.random.default_rng(bits)
+    codes = random.integers(0, 1 << bits, (96, 128), np.uint8)
+    scale, minimum = (normal((96, 128 // group_size), seed=i) * 0.1 for i in (1, 2))
+    kept = GroupCodes(codes, scale, zero or 0, minimum if zero is None else None)
+    words, scales = pack_codes([kept], form)
+    wide = np.repeat(scale.astype(np.float16).astype(np.float64), group_size, axis=1)
+    stored = (codes.astype(np.float64) - (zero or 0)) * wide
+    if zero is None:
+        stored += np.repeat(minimum.astype(np.float16).astype(np.float64), group_size, axis=1)
+    x = normal((n, 128), "float16")
+    expected = (x.astype(np.float64) @ stored.astype(np.float16).astype(np.float64).T).astype("f2")
+    kernel = linear.group_matmul(known(n), 96, 128, form, "float16", False)
     check(webgpu, kernel, expected, x=x, words=words, scales=scales)
 
 
