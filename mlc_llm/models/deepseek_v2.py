@@ -22,18 +22,25 @@ from mlc_llm.models.plan import ParamRule
 from mlc_llm.nn.latent import LatentAttention
 from mlc_llm.nn.rope import RopeConfig, scaling_kind
 
+_FORMS = ("is_from_gguf", "has_split_kv_b")
 _SIZES = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
 
 
 @dataclass(frozen=True)
 class DeepseekV2Config(DeepseekConfig):
-    """Sizes of latent attention, beside those of experts."""
+    """Sizes of latent attention, beside those of experts.
+
+    is_from_gguf: whether the checkpoint has the names of GGUF files, and has_split_kv_b, whether
+    keys and values of the latent lie apart in it.
+    """
 
     q_lora_rank: int | None = None
     kv_lora_rank: int = 0
     qk_rope_head_dim: int = 0
     qk_nope_head_dim: int = 0
     v_head_dim: int = 0
+    is_from_gguf: bool = False
+    has_split_kv_b: bool = False
 
     @classmethod
     def huggingface_fields(cls, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -45,6 +52,7 @@ class DeepseekV2Config(DeepseekConfig):
             **{name: take_int(config, name) for name in _SIZES},
             "head_dim": take_int(config, "qk_rope_head_dim"),
             "q_lora_rank": config.get("q_lora_rank"),
+            **{name: bool(config.get(name, False)) for name in _FORMS},
         }
 
     @classmethod
@@ -140,6 +148,9 @@ def _split_heads(config: DeepseekV2Config, parts: Sequence[NDArray[Any]]) -> NDA
 
 def _special(config: DeepseekV2Config, parameter: str) -> ParamRule | None:
     nope = config.qk_nope_head_dim
+    if config.has_split_kv_b and parameter.endswith((".w_uk", ".w_uv")):
+        prefix, _, name = parameter.rpartition("w_u")
+        return ParamRule((f"{prefix}{name}_b_proj.weight",))
     if parameter.endswith(".w_uk"):
         source = (parameter.removesuffix("w_uk") + "kv_b_proj.weight",)
         return ParamRule(
@@ -153,7 +164,8 @@ def _special(config: DeepseekV2Config, parameter: str) -> ParamRule | None:
         return ParamRule(source, lambda parts: _split_heads(config, parts)[:, nope:])
     if parameter.endswith("mlp.e_score_correction_bias"):
         prefix = parameter.removesuffix("e_score_correction_bias")
-        return ParamRule((f"{prefix}gate.e_score_correction_bias",))
+        mark = "." if config.is_from_gguf else "_"
+        return ParamRule((f"{prefix}gate.e_score_correction{mark}bias",))
     return stacked_experts(config, parameter)
 
 

@@ -6,12 +6,14 @@ and the fields of `config.json`. Files are read by gguf_config.py and gguf.py.
 
 from __future__ import annotations
 
+from mlc_llm.weights.gguf_deepseek import DEEPSEEK2
 from mlc_llm.weights.gguf_parts import (
     ATTENTION,
     BLOCK,
     CHATGLM,
     COMMAND_R,
     DEEPSEEK_EXPERTS,
+    DEEPSEEK_NUMBERS,
     ENDS,
     EXPERTS,
     GATED,
@@ -172,16 +174,10 @@ ARCHITECTURES = {
         "DeepseekForCausalLM",
         {**LLAMA, **DEEPSEEK_EXPERTS},
         HALVES,
-        numbers={
-            "n_routed_experts": ("expert_count", "count", None),
-            "num_experts_per_tok": ("expert_used_count", "count", None),
-            "moe_intermediate_size": ("expert_feed_forward_length", "count", None),
-            "n_shared_experts": ("expert_shared_count", "count", 0),
-            "first_k_dense_replace": ("leading_dense_block_count", "count", 0),
-            "routed_scaling_factor": ("expert_weights_scale", "real", 1.0),
-        },
+        numbers=DEEPSEEK_NUMBERS,
         constants={"moe_layer_freq": 1, "norm_topk_prob": False},
     ),
+    "deepseek2": DEEPSEEK2,
     "gpt2": Architecture(
         "gpt2",
         "GPT2LMHeadModel",

@@ -11,6 +11,7 @@ import numpy as np
 
 from mlc_llm.errors import CorruptFile, ParameterMismatch, UnsupportedModel
 from mlc_llm.weights.gguf_architectures import ARCHITECTURES, MIXTRAL, PHI_MSFT
+from mlc_llm.weights.gguf_deepseek import add_latent_fields, find_deepseek
 from mlc_llm.weights.gguf_file import GGUFFile
 from mlc_llm.weights.gguf_parts import Architecture
 from mlc_llm.weights.gguf_rope import find_llama3_scaling
@@ -36,7 +37,7 @@ def find_architecture(file: GGUFFile) -> tuple[str, Architecture]:
         return name, MIXTRAL
     if name == "phi2" and "blk.0.attn_qkv.weight" in file.tensors:
         return name, PHI_MSFT
-    return name, ARCHITECTURES[name]
+    return name, find_deepseek(file) if name == "deepseek2" else ARCHITECTURES[name]
 
 
 def build_config(file: GGUFFile, name: str, architecture: Architecture) -> dict[str, Any]:
@@ -54,7 +55,8 @@ def build_config(file: GGUFFile, name: str, architecture: Architecture) -> dict[
     head_dim = reader.count("attention.key_length", hidden_size // num_heads)
     if head_dim == 0 or head_dim % 2:
         raise CorruptFile(f"{file.path}: {num_heads} heads of {head_dim} values make no model")
-    reader.refuse_unless("attention.value_length", head_dim, "value heads of another size")
+    if not architecture.is_latent:
+        reader.refuse_unless("attention.value_length", head_dim, "value heads of another size")
     has_experts = any("{expert}" in stored for stored in architecture.tensors.values())
     if not has_experts:
         reader.refuse_unless("expert_count", 0, "experts")
@@ -95,12 +97,14 @@ def build_config(file: GGUFFile, name: str, architecture: Architecture) -> dict[
     rotary = reader.count("rope.dimension_count", head_dim)
     if architecture.has_partial_rotary:
         config["partial_rotary_factor"] = rotary / head_dim
-    elif "rope_theta" in config:
+    elif "rope_theta" in config and not architecture.is_latent:
         reader.refuse_unless("rope.dimension_count", head_dim, "partial rotary embedding")
     if "rope_theta" in config:
         config["rope_scaling"] = _rope_scaling(file, reader, config, rotary)
     _add_sliding_window(reader, architecture, config)
     _add_special_cases(file, config, head_dim)
+    if architecture.is_latent:
+        add_latent_fields(file, config, head_dim)
     for key in ("bos", "eos"):
         token_id = file.get(f"tokenizer.ggml.{key}_token_id", int)
         if token_id is not None:

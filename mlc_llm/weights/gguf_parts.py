@@ -23,7 +23,8 @@ class Architecture:
     `{expert}` in the latter. changes: GGUF name -> how its values differ. fields: names that
     `config.json` has for what every decoder has, where they are not Llama's; None leaves one out.
     numbers and constants: further fields. has_partial_rotary: whether fewer values than a head has
-    may be rotated, as `partial_rotary_factor`; with_window: whether a sliding window is known.
+    may be rotated, as `partial_rotary_factor`; with_window: whether a sliding window is known;
+    is_latent: whether keys and values are of a latent, so that lengths are not those of heads.
     """
 
     model_type: str
@@ -35,6 +36,7 @@ class Architecture:
     constants: Mapping[str, Any] = field(default_factory=dict)
     has_partial_rotary: bool = False
     with_window: bool = False
+    is_latent: bool = False
 
 
 BLOCK = "model.layers.{layer}."
@@ -181,6 +183,14 @@ EXPERTS: dict[str, Number] = {
     "num_experts": ("expert_count", "count", None),
     "num_experts_per_tok": ("expert_used_count", "count", None),
     "moe_intermediate_size": ("expert_feed_forward_length", "count", None),
+}
+DEEPSEEK_NUMBERS: dict[str, Number] = {
+    "n_routed_experts": ("expert_count", "count", None),
+    "num_experts_per_tok": ("expert_used_count", "count", None),
+    "moe_intermediate_size": ("expert_feed_forward_length", "count", None),
+    "n_shared_experts": ("expert_shared_count", "count", 0),
+    "first_k_dense_replace": ("leading_dense_block_count", "count", 0),
+    "routed_scaling_factor": ("expert_weights_scale", "real", 1.0),
 }
 GEMMA: dict[str, Any] = {"hidden_activation": "gelu_pytorch_tanh"}
 WINDOW: Number = ("attention.sliding_window", "count", None)

@@ -11,8 +11,9 @@ from mlc_llm.errors import CorruptFile, ParameterMismatch, UnsupportedModel
 from mlc_llm.models.registry import find_family
 from mlc_llm.weights.gguf import GGUFSource
 from mlc_llm.weights.gguf_architectures import ARCHITECTURES, MIXTRAL, PHI_MSFT
+from mlc_llm.weights.gguf_deepseek import DEEPSEEK3
 
-EXPERTS = 3
+EXPERTS, RANK = 3, 20
 Q, KV = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
 
 # Shapes as Hugging Face has them, under GGUF's names.
@@ -33,6 +34,15 @@ _SHAPES = {
     "attn_q_norm": (HEAD_DIM,),
     "attn_k_norm": (HEAD_DIM,),
     "attn_sinks": (HEADS,),
+    "attn_q_a": (RANK, HIDDEN),
+    "attn_q_a_norm": (RANK,),
+    "attn_q_b": (HEADS * 24, RANK),
+    "attn_kv_a_mqa": (RANK + 8, HIDDEN),
+    "attn_kv_a_norm": (RANK,),
+    "attn_kv_b": (HEADS * 32, RANK),
+    "attn_k_b": (HEADS, RANK, 16),
+    "attn_v_b": (HEADS, 16, RANK),
+    "exp_probs_b": (EXPERTS,),
     "ffn_gate": (FFN, HIDDEN),
     "ffn_up": (FFN, HIDDEN),
     "ffn_down": (HIDDEN, FFN),
@@ -56,9 +66,20 @@ _METADATA = {
     "attention.value_length": HEAD_DIM,
 }
 _WITHOUT_EXPERTS = {key: value for key, value in _METADATA.items() if "expert" not in key}
-CASES = {**ARCHITECTURES, "mixtral": MIXTRAL, "phi-msft": PHI_MSFT}
+CASES = {**ARCHITECTURES, "mixtral": MIXTRAL, "phi-msft": PHI_MSFT, "deepseek_v3": DEEPSEEK3}
 # Told apart by their content.
-_STORED_AS = {"mixtral": "llama", "phi-msft": "phi2"}
+_STORED_AS = {"mixtral": "llama", "phi-msft": "phi2", "deepseek_v3": "deepseek2"}
+# Heads of 24 values, 8 of them rotated, and of 16.
+_LATENT = {
+    "attention.kv_lora_rank": RANK,
+    "attention.q_lora_rank": RANK,
+    "attention.head_count_kv": 1,
+    "attention.key_length": RANK + 8,
+    "attention.value_length": RANK,
+    "attention.key_length_mla": 24,
+    "attention.value_length_mla": 16,
+    "rope.dimension_count": 8,
+}
 
 
 def tensor_names(architecture):
@@ -112,6 +133,9 @@ def write_model(path, name, metadata=None, quantization=gguf.GGMLQuantizationTyp
     values = {**(_METADATA if has_experts else _WITHOUT_EXPERTS), **(metadata or {})}
     if architecture.with_window:
         values.setdefault("attention.sliding_window", 64)
+    if architecture.is_latent:
+        scoring = {"expert_gating_func": 2} if name == "deepseek_v3" else {}
+        values = {**values, **_LATENT, **scoring, **(metadata or {})}
     arch = _STORED_AS.get(name, name)
     write_gguf(path, stored, arch=arch, metadata=values, quantization=quantization)
     return path, expected
@@ -225,6 +249,35 @@ def test_deepseek(tmp_path):
     names = ("n_routed_experts", "num_experts_per_tok", "n_shared_experts", "moe_intermediate_size")
     assert [config[name] for name in names] == [EXPERTS, 2, 2, 32]
     assert config["first_k_dense_replace"] == 1 and config["routed_scaling_factor"] == 1
+
+
+def test_deepseek_with_latent_attention(tmp_path):
+    yarn = {"type": "yarn", "factor": 4.0, "original_context_length": 64}
+    scaling = {f"rope__scaling__{key}": value for key, value in yarn.items()}
+    log_mul = {"rope__scaling__yarn_log_multiplier": 0.0707}
+    config = config_of(tmp_path, "deepseek2", **scaling, **log_mul, expert_group_count=1)
+    sizes = ("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+    assert [config[name] for name in sizes] == [RANK, RANK, 16, 8, 16]
+    assert (config["num_key_value_heads"], config["topk_method"]) == (HEADS, "greedy")
+    assert config["rope_scaling"]["mscale"] == config["rope_scaling"]["mscale_all_dim"] == 0.707
+    found = find_family(config).config_from_huggingface(config)
+    assert found.attention_scale == pytest.approx(24**-0.5 * (1 + 0.0707 * np.log(4)) ** 2)
+    assert found.ropes[0].table_scale == 1 and found.has_split_kv_b
+
+    groups = {"expert_group_count": 3, "expert_group_used_count": 2}
+    config = config_of(tmp_path, "deepseek2", **groups, attention__q_lora_rank=0)
+    assert (config["topk_method"], config["q_lora_rank"]) == ("group_limited_greedy", None)
+    assert config["rope_scaling"] is None
+    config = config_of(tmp_path, "deepseek_v3", **groups, expert_weights_norm=True)
+    found = find_family(config).config_from_huggingface(config)
+    assert (found.routing.scoring, found.routing.num_groups, found.routing.top_groups) == (
+        "sigmoid",
+        3,
+        2,
+    )
+    assert found.norm_topk_prob and found.topk_method == "noaux_tc"
+    with pytest.raises(CorruptFile, match="heads of 8 values, 8 of them rotated"):
+        config_of(tmp_path, "deepseek2", attention__key_length_mla=8)
 
 
 def test_gpt_oss(tmp_path):

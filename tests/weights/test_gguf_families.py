@@ -13,21 +13,25 @@ from mlc_llm.quantization.apply import plan_parameters
 from mlc_llm.quantization.schemes import get_scheme
 from mlc_llm.weights.convert import convert
 from mlc_llm.weights.gguf_architectures import ARCHITECTURES, MIXTRAL
+from mlc_llm.weights.gguf_deepseek import DEEPSEEK3
 from mlc_llm.weights.open import open_source
 
 # Mistral and Mixtral are stored as llama.
 _ARCH_OF = {architecture.class_name: name for name, architecture in ARCHITECTURES.items()}
+_ARCH_OF |= {DEEPSEEK3.class_name: "deepseek2"}
 _ARCH_OF |= {"MistralForCausalLM": "llama", "MixtralForCausalLM": "llama"}
 
 
 _MODEL_TYPES = {architecture.model_type for architecture in ARCHITECTURES.values()}
-_MODEL_TYPES |= {"mistral", "mixtral"}
+_MODEL_TYPES |= {"mistral", "mixtral", "deepseek_v3"}
 # GGUF cannot say which layers have no experts, nor, as the converter writes it, that the keys of
 # GPT-BigCode have all heads. Sizes tell which Baichuan is of version 2 or has ALiBi: not these.
 # Of llama3 scaling it has the divisors, and these models too few of them to tell what made them.
 _NOT_IN_GGUF = (
     *("qwen2_moe", "llama_rope_llama3", "llama_rope_llama3_tied_old_config"),
     *("gpt_bigcode_all_heads", "baichuan2", "baichuan_alibi"),
+    # Of YaRN's two scales it has one.
+    *("deepseek_v2_greedy_yarn", "deepseek_v3_yarn"),
     # Not read from GGUF: experts of MiniCPM, norms of single heads of StableLM.
     *("minicpm_moe", "stablelm_parallel"),
 )
@@ -108,6 +112,16 @@ def metadata_of(config, architecture):
     if config["model_type"] == "minicpm":
         values["residual_scale"] = config["scale_depth"] / values["block_count"] ** 0.5
         values["logit_scale"] = hidden / config["dim_model_base"]
+    if config["model_type"] == "deepseek_v2":
+        for key in ("key_length", "value_length"):
+            values[f"attention.{key}"] = values.pop(f"attention.{key}_mla")
+    if config["model_type"] == "deepseek_v3":
+        # As converters write it today; the other generation is written as the first ones did.
+        latent = config["kv_lora_rank"]
+        values["attention.head_count_kv"] = 1
+        values["attention.key_length"] = latent + config["qk_rope_head_dim"]
+        values["attention.value_length"] = latent
+        values["expert_gating_func"] = gguf.ExpertGatingFuncType.SIGMOID
     if "rope_theta" in local:
         values["rope.freq_base_swa"] = local["rope_theta"]
     return {key: value for key, value in values.items() if value is not None}
@@ -157,7 +171,14 @@ def split_parts(name, tensor, metadata):
     """
     heads, kv_heads = metadata["attention.head_count"], metadata["attention.head_count_kv"]
     size = metadata["attention.key_length"]
-    if name.endswith("W_pack.weight"):
+    if metadata.get("expert_gating_func") and name.endswith("kv_b_proj.weight"):
+        key_len = metadata["attention.key_length_mla"] - metadata["rope.dimension_count"]
+        rows = tensor.reshape(heads, -1, tensor.shape[1])
+        yield name.replace("kv_b", "k_b"), rows[:, :key_len].swapaxes(1, 2)
+        yield name.replace("kv_b", "v_b"), rows[:, key_len:]
+    elif name.endswith("e_score_correction_bias"):
+        yield name.replace("_bias", ".bias"), tensor
+    elif name.endswith("W_pack.weight"):
         for part, rows in zip("qkv", np.split(tensor, 3), strict=True):
             yield name.replace("W_pack", f"{part}_proj"), rows
     elif ".wqkv." in name:
@@ -236,7 +257,8 @@ def test_a_reference_as_gguf_is_the_same_model(tmp_path, case):
     for ours, theirs in zip(from_gguf[1].ropes, config.ropes, strict=True):
         np.testing.assert_allclose(ours.inverse_frequencies(), theirs.inverse_frequencies())
         assert ours.table_scale == pytest.approx(theirs.table_scale)
-    for name in ("rope_scaling", "has_split_qkv", "has_split_experts", *_UNSAID.get(case.name, ())):
+    forms = ("has_split_qkv", "has_split_experts", "has_split_kv_b", "is_from_gguf")
+    for name in ("rope_scaling", *forms, *_UNSAID.get(case.name, ())):
         found.pop(name, None)
         expected.pop(name, None)
     assert found == expected
