@@ -23,8 +23,7 @@ _ALL_TYPES = 0xFFFFFFFF
 _TYPE, _MEMORY, _AVAILABLE, _COMPILER_AVAILABLE, _NAME = 0x1000, 0x101F, 0x1027, 0x1028, 0x102B
 _MAX_HANDLES, _MAX_NAME_BYTES = 64, 1024
 _INSTALL = (
-    "install the driver of your GPU (Debian: intel-opencl-icd for Intel, mesa-opencl-icd or "
-    "rocm-opencl-icd for AMD)"
+    "install the driver of your GPU (Debian: intel-opencl-icd for Intel, mesa-opencl-icd for AMD)"
 )
 
 
