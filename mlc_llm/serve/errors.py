@@ -135,7 +135,10 @@ class Failure:
         """The body as Anthropic's clients expect it."""
         usual = "api_error" if self.status >= 500 else "invalid_request_error"
         kind = _ANTHROPIC_TYPES.get(self.status, usual)
-        return _encode({"type": "error", "error": {"type": kind, "message": self.message}})
+        # There is no other place to name a field.
+        is_named = self.param is None or self.param in self.message
+        message = self.message if is_named else f"{self.param}: {self.message}"
+        return _encode({"type": "error", "error": {"type": kind, "message": message}})
 
     def body_bytes_for(self, path: str) -> bytes:
         """Return the body in the shape of the API that a path belongs to."""

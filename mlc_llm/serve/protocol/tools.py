@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
@@ -99,8 +100,13 @@ def _check_parameters(schema: Mapping[str, Any], where: str) -> None:
             f"{where}.type is {schema['type']!r:.80}; arguments are an object", f"{where}.type"
         )
     level: list[Any] = [schema]
+    num_values = 0
     for _ in range(MAX_SCHEMA_DEPTH):
-        level = [item for value in level for item in _items_of(value)]
+        items = itertools.chain.from_iterable(map(_items_of, level))
+        level = list(itertools.islice(items, MAX_TOOLS_LEN))
+        num_values += len(level)
+        if 2 * num_values > MAX_TOOLS_LEN:  # each has a character, and another between them
+            raise RequestError(f"{where} has more than {MAX_TOOLS_LEN // 2:,} values", where)
         if not level:
             return
     raise RequestError(f"{where} has more than {MAX_SCHEMA_DEPTH} levels", where)
