@@ -275,44 +275,6 @@ def test_response_format_holds_beside_tools() -> None:
         assert json.loads(messages[-1]["content"]) == {"ok": True}
 
 
-def hostile(**schema: Any) -> list[Any]:
-    function = {"name": "f", "strict": True, "parameters": {"type": "object", **schema}}
-    return [{"type": "function", "function": function}]
-
-
-def nested(depth: int) -> dict[str, Any]:
-    schema: dict[str, Any] = {"type": "string"}
-    for _ in range(depth):
-        schema = {"type": "object", "properties": {"a": schema}}
-    return schema
-
-
-HOSTILE = [
-    hostile(properties={"a": {"type": "string", "pattern": "(unclosed"}}),
-    hostile(
-        properties={"a": {"$ref": "#/$defs/a"}},
-        required=["a"],
-        **{"$defs": {"a": {"$ref": "#/$defs/a"}}},
-    ),
-    hostile(properties={"a": {"enum": list(range(100_000))}}),
-    hostile(properties={"a": nested(70)}),
-    hostile(properties={f"p{n}": {"type": "string"} for n in range(5000)}),
-]
-
-
-def test_hostile_schemas_are_refused_in_time_and_nobody_else_waits() -> None:
-    replies = [get_format("hermes").shape.write([WEATHER]), "ok"]
-    with agent_server("hermes", replies) as (client, _):
-        for tools in HOSTILE:
-            with pytest.raises(openai.BadRequestError) as caught:
-                client.with_options(timeout=10).chat.completions.create(
-                    model="fake", messages=QUESTION, tools=tools
-                )
-            assert caught.value.param is not None and caught.value.param.startswith("tools")
-            assert len(caught.value.message) < 3000
-        assert run_agent(client, "Hi", stream=True)[-1]["content"] == "ok"
-
-
 def test_what_fails_on_the_way_names_the_field_it_is_of(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(grammar: SequenceGrammar) -> None:
         raise RequestError("the grammar takes too much work at this place", "response_format")

@@ -192,6 +192,7 @@ def tool(**schema: Any) -> list[dict[str, Any]]:
 
 
 TOOLS: dict[str, Any] = {
+    "an open group": tool(properties={"a": {"type": "string", "pattern": "(unclosed"}}),
     "nested groups": tool(properties={"a": {"type": "string", "pattern": NESTED_GROUPS}}),
     "a loop of references": tool(
         properties={"a": {"$ref": "#/$defs/a"}}, **{"$defs": {"a": {"$ref": "#/$defs/a"}}}
