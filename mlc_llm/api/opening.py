@@ -86,6 +86,7 @@ def open_models(
         artifact = maker.find_artifact(model, lora_adapter)
         chat_config = read_chat_config(artifact)
         if is_embedding_model(chat_config):
+            config.check_embeds(model)
             if embedding_model is not None:
                 raise OptionError(
                     f"{model} is a model for embeddings itself; leave out embedding_model, or name "

@@ -49,6 +49,8 @@ class ChatConfig:
     eos_token_id: int | list[int] = 2
     model_task: str = "chat"
     embedding_metadata: dict[str, Any] | None = None
+    # Of rerankers, the tokens of their answers: true_token_id and false_token_id; our own too.
+    rerank_metadata: dict[str, Any] | None = None
     # Module path -> format, where layers of one quantization differ; our own, MLC LLM has none.
     layer_formats: dict[str, str] = field(default_factory=dict)
     version: str = CONFIG_VERSION

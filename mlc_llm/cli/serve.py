@@ -141,6 +141,14 @@ def serve(
             "left out, except on a loopback address.",
         ),
     ] = None,
+    model_task: Annotated[
+        str,
+        typer.Option(
+            metavar="TASK",
+            help="chat; rerank: /v1/rerank is answered too, by asking MODEL as Qwen3-Reranker is "
+            "asked; auto: as the model's files say.",
+        ),
+    ] = "auto",
     embedding_model: Annotated[
         str | None,
         typer.Option(
@@ -184,6 +192,7 @@ def serve(
         max_queued_requests=max_queued_requests,
         tool_parser=tool_parser,
         reasoning_parser=reasoning_parser,
+        model_task=model_task,
         request_timeout_s=_seconds("--request-timeout", request_timeout) or None,
     )
     config = apply_overrides(config, values)

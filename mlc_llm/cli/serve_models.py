@@ -73,6 +73,7 @@ def open_models(
         )
         chat_config = read_chat_config(artifact)
         if is_embedding_model(chat_config):
+            config.check_embeds(name)
             if chosen.embedding_model is not None:
                 raise OptionError(
                     f"{chosen.model} is a model for embeddings itself; leave out "

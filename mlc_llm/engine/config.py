@@ -29,6 +29,7 @@ _CHOICES = {
     "speculative_mode": ("disable", "small_draft", "eagle", "medusa"),
     "prefix_cache_mode": ("disable", "radix"),
     "prefill_mode": ("hybrid", "chunked"),
+    "model_task": (AUTO, "chat", "rerank"),
 }
 # Least value of each whole number.
 _COUNTS = {
@@ -138,6 +139,7 @@ class EngineConfig:
     request_timeout_s: float | None = None
     tool_parser: str = AUTO
     reasoning_parser: str = AUTO
+    model_task: str = AUTO
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
@@ -169,6 +171,14 @@ class EngineConfig:
             value = getattr(self, name)
             if value not in harmless:
                 raise OptionError(f"{name}={value!r} is refused: {reason}; leave it out")
+
+    def check_embeds(self, model: str) -> None:
+        """Raise OptionError where a model for embeddings is asked for another task."""
+        if self.model_task != AUTO:
+            raise OptionError(
+                f"model_task is {self.model_task!r}, but {model} is a model for embeddings, and "
+                "puts documents in order by these; leave it out"
+            )
 
     def _require(self, name: str, is_valid: bool, wanted: str) -> None:
         value = getattr(self, name)

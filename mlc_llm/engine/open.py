@@ -11,7 +11,7 @@ from typing import Any
 from mlc_llm.artifact import CHAT_CONFIG_NAME, ChatConfig, LibraryMetadata, read_chat_config
 from mlc_llm.device import free_memory_bytes
 from mlc_llm.engine.capacity import MemoryPlan, plan_memory
-from mlc_llm.engine.config import EngineConfig
+from mlc_llm.engine.config import AUTO, EngineConfig
 from mlc_llm.engine.engine import Engine
 from mlc_llm.engine.grammar_cache import GrammarCache
 from mlc_llm.errors import CorruptFile, LibraryMismatch, OptionError, UnsupportedModel
@@ -23,6 +23,7 @@ from mlc_llm.runtime.gpu_memory import free_gpu_bytes
 from mlc_llm.runtime.library import load_library
 from mlc_llm.text.grammars.vocabulary import GrammarVocabulary
 from mlc_llm.text.prompt import PromptBuilder, load_template
+from mlc_llm.text.ranking import RankingPrompts
 from mlc_llm.text.tokenizer import Tokenizer
 
 # Settings that are part of the library; a session only checks them.
@@ -50,13 +51,17 @@ _SHAPE = (
 
 @dataclass
 class OpenModel:
-    """A model ready to serve: how its prompts are made, and the engine that continues them."""
+    """A model ready to serve: how its prompts are made, and the engine that continues them.
+
+    ranking: how it is asked for scores, None where it is no reranker.
+    """
 
     config: ChatConfig
     tokenizer: Tokenizer
     prompts: PromptBuilder
     engine: Engine
     plan: MemoryPlan
+    ranking: RankingPrompts | None = None
 
     def close(self) -> None:
         """Free the model and end helper processes."""
@@ -90,6 +95,10 @@ def open_model(
     metadata = loaded.metadata
     check_library(metadata, config, overrides or {}, str(library))
     images = _image_reader(metadata, config, tokenizer, artifact)
+    is_reranker = config.rerank_metadata is not None
+    if engine_config.model_task != AUTO:
+        is_reranker = engine_config.model_task == "rerank"
+    ranking = RankingPrompts(tokenizer) if is_reranker else None
     prompts = PromptBuilder.load(
         artifact,
         config,
@@ -118,7 +127,7 @@ def open_model(
             partial(GrammarVocabulary, tokenizer, prompts.stop_token_ids, vocab_size)
         ),
     )
-    return OpenModel(config, tokenizer, prompts, engine, plan)
+    return OpenModel(config, tokenizer, prompts, engine, plan, ranking)
 
 
 def _image_reader(

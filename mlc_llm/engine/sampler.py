@@ -205,7 +205,12 @@ class Sampler:
             elif row.params.logprobs is None:
                 sampled.append(Sampled(token))
             else:
-                logprobs = token_logprobs(raw.get(index, logits[index]), token, row.params.logprobs)
+                logprobs = token_logprobs(
+                    raw.get(index, logits[index]),
+                    token,
+                    row.params.logprobs,
+                    row.params.logprob_token_ids,
+                )
                 sampled.append(Sampled(token, logprobs))
         return sampled
 
@@ -236,9 +241,12 @@ class Sampler:
         return np.take(logits, indices, axis=0, out=self._memory[: len(indices)], mode="clip")
 
 
-def token_logprobs(logits: NDArray[np.float32], token_id: int, num_top: int) -> TokenLogprobs:
+def token_logprobs(
+    logits: NDArray[np.float32], token_id: int, num_top: int, others: Sequence[int] = ()
+) -> TokenLogprobs:
     """Return the log-probability of a token and of the `num_top` likeliest, from a row (v).
 
+    others: tokens to tell of in place of the likeliest, in this order.
     Of equally likely tokens the one with the lower id comes first. Nothing is below -9999; a row
     without a finite largest logit gives that and no likeliest tokens.
     """
@@ -252,7 +260,8 @@ def token_logprobs(logits: NDArray[np.float32], token_id: int, num_top: int) -> 
     def logprob(token: int) -> float:
         return max(float(logits[token]) - log_sum, _LOWEST_LOGPROB)
 
-    top = tuple((token, logprob(token)) for token in _find_likeliest(logits, num_top))
+    told = others or _find_likeliest(logits, num_top)
+    top = tuple((token, logprob(token)) for token in told)
     return TokenLogprobs(token_id, logprob(token_id), top)
 
 

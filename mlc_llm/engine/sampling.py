@@ -30,8 +30,9 @@ class SamplingParams:
     temperature 0 takes the likeliest token. top_k 0, top_p 1 and min_p 0 leave all tokens in.
     logit_bias: what is added to the logits of tokens, -100 to 100, by id; kept as pairs in order of
     ids. logprobs: number of likeliest tokens to report with each token, 0 for the token alone, None
-    for nothing. min_tokens: tokens before a stop token may be chosen. seed: the same seed gives the
-    same tokens, whatever else runs. stop: texts that end the answer and are not part of it.
+    for nothing. logprob_token_ids: tokens to report in place of the likeliest, unless logprobs is
+    None. min_tokens: tokens before a stop token may be chosen. seed: the same seed gives the same
+    tokens, whatever else runs. stop: texts that end the answer and are not part of it.
     """
 
     temperature: float = 1.0
@@ -47,6 +48,7 @@ class SamplingParams:
     min_p: float = 0.0
     logit_bias: LogitBias = ()
     logprobs: int | None = None
+    logprob_token_ids: tuple[int, ...] = ()
     min_tokens: int = 0
 
     def __post_init__(self) -> None:
@@ -76,6 +78,7 @@ class SamplingParams:
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raise RequestError unless all tokens named exist."""
+        assert all(0 <= token < vocab_size for token in self.logprob_token_ids)
         for token in dict(self.logit_bias):
             if token >= vocab_size:
                 raise RequestError(

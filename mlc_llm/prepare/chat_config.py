@@ -21,12 +21,17 @@ from mlc_llm.artifact import (
     write_atomically,
     write_chat_config,
 )
-from mlc_llm.errors import CorruptFile, OptionError, StorageError
+from mlc_llm.errors import CorruptFile, OptionError, StorageError, UnsupportedModel
 from mlc_llm.prepare.cache import storage_errors
-from mlc_llm.prepare.sentence_transformers import embedding_metadata, read_sentence_settings
+from mlc_llm.prepare.sentence_transformers import (
+    embedding_metadata,
+    read_score_tokens,
+    read_sentence_settings,
+)
 from mlc_llm.text.chat_template import find_chat_template
 from mlc_llm.text.conversation import Conversation, detect_conversation, get_conversation
 from mlc_llm.text.formats import FILE_PATTERNS
+from mlc_llm.text.ranking import NO, YES, RankingPrompts
 from mlc_llm.text.settings import SETTINGS_NAME
 from mlc_llm.text.tokenizer import TOKENIZER_NAME, Tokenizer, detect_tokenizer_info
 
@@ -76,6 +81,8 @@ def generate_chat_config(
     if family.embedding is not None or settings is not None:
         values["model_task"] = "embedding"
         values["embedding_metadata"] = embedding_metadata(family.embedding, settings)
+    if (score_tokens := read_score_tokens(source_dir)) is not None:
+        values["rerank_metadata"] = _rerank_metadata(score_tokens, tokenizer, source_dir)
     jinja_source = None
     if conv_template == AUTO:
         jinja_source = find_chat_template(source_dir, tokenizer.settings)
@@ -111,6 +118,20 @@ def generate_chat_config(
         )
         write_chat_config(output, config)
     return config
+
+
+def _rerank_metadata(
+    score_tokens: tuple[int, int], tokenizer: Tokenizer, source_dir: Path
+) -> dict[str, Any]:
+    """Return the tokens of a reranker's answers. Raises UnsupportedModel for other answers."""
+    prompts = RankingPrompts(tokenizer)
+    if score_tokens != (prompts.yes_id, prompts.no_id):
+        texts = " and ".join(repr(tokenizer.id_to_token(token)) for token in score_tokens)
+        raise UnsupportedModel(
+            f"{source_dir} is a reranker that answers {texts}; only those are supported that, like "
+            f"Qwen3-Reranker, answer {YES!r} and {NO!r}"
+        )
+    return {"true_token_id": prompts.yes_id, "false_token_id": prompts.no_id}
 
 
 def _check_added_once(path: Path) -> None:

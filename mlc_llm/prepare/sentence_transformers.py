@@ -1,4 +1,4 @@
-"""What a sentence-transformers repository says of its vectors: `modules.json` and its modules.
+"""What a sentence-transformers repository says of vectors and scores: `modules.json`, its modules.
 
 Knows those files. What a family does where there are none is said in its file.
 """
@@ -16,6 +16,7 @@ from mlc_llm.errors import CorruptFile, UnsupportedModel
 
 MODULES_NAME = "modules.json"
 LIMITS_NAME = "sentence_bert_config.json"
+_SCORE = "LogitScore"
 # Older files have a switch for each way of pooling; newer ones name it as pooling_mode.
 _SWITCHES = {
     "pooling_mode_cls_token": "cls",
@@ -39,12 +40,12 @@ class SentenceSettings:
 
 
 def read_sentence_settings(directory: Path) -> SentenceSettings | None:
-    """Read a repository's settings; None where it has no `modules.json`.
+    """Read a repository's settings; None where it has no `modules.json`, or is a reranker.
 
     Raises CorruptFile, and UnsupportedModel for modules and ways of pooling we do not have.
     """
     path = directory / MODULES_NAME
-    if not path.is_file():
+    if not path.is_file() or read_score_tokens(directory) is not None:
         return None
     pooling, is_normalized, max_len = None, False, None
     for kind, folder in _read_modules(path):
@@ -62,6 +63,26 @@ def read_sentence_settings(directory: Path) -> SentenceSettings | None:
     if pooling is None:
         raise CorruptFile(f"{path} names no module for pooling; download the model again")
     return SentenceSettings(pooling, is_normalized, max_len)
+
+
+def read_score_tokens(directory: Path) -> tuple[int, int] | None:
+    """Return the tokens for yes and no between which a reranker chooses; None for other models.
+
+    Raises CorruptFile, and UnsupportedModel for a score that is not made of two tokens.
+    """
+    path = directory / MODULES_NAME
+    folders = dict(_read_modules(path)) if path.is_file() else {}
+    if _SCORE not in folders:
+        return None
+    settings = directory / folders[_SCORE] / "config.json"
+    config = read_json_object(settings)
+    yes, no = config.get("true_token_id"), config.get("false_token_id")
+    if type(yes) is not int or type(no) is not int:
+        raise UnsupportedModel(
+            f"{settings} scores by true_token_id {yes!r:.40} and false_token_id {no!r:.40}; only "
+            "rerankers that choose between two tokens are supported"
+        )
+    return yes, no
 
 
 def _read_modules(path: Path) -> list[tuple[str, str]]:

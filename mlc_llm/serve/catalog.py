@@ -56,6 +56,24 @@ class ServedModels:
             return self.embedding
         raise self._unknown(name)
 
+    def find_reranker(self, name: str | None) -> EmbeddingModel | ServedModel:
+        """Return the model that puts documents in order: a reranker goes before one of vectors.
+
+        Raises UnknownModel where there is none of that name.
+        """
+        chat, vectors = self.chat, self.embedding
+        if chat is not None and chat.ranking is not None and name in (None, chat.name):
+            return chat
+        if vectors is not None and name in (None, vectors.name):
+            return vectors
+        if name is not None and (chat is None or name != chat.name):
+            raise self._unknown(name)
+        raise UnknownModel(
+            "this server has no model that puts documents in order; start it with "
+            "--embedding-model, or with a reranker (and --model-task rerank where its files do not "
+            "say that it is one)"
+        )
+
     def cards(self) -> list[ModelCard]:
         """Return what is told of each model."""
         cards = []

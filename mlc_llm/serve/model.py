@@ -13,6 +13,7 @@ import mlc_llm
 from mlc_llm.artifact import ChatConfig
 from mlc_llm.engine.sampling import SamplingParams
 from mlc_llm.text.prompt import PromptBuilder
+from mlc_llm.text.ranking import RankingPrompts
 from mlc_llm.text.token_bytes import TokenBytes
 from mlc_llm.text.tokenizer import Tokenizer
 
@@ -26,7 +27,8 @@ class ServedModel:
     """Everything that answering requests needs of a model.
 
     max_sequence_len: tokens of prompt and answer together. created: Unix time. timeout_s: how long
-    a request may take, None for what the worker has been told.
+    a request may take, None for what the worker has been told. ranking: how it is asked for scores,
+    None where it is no reranker.
     """
 
     name: str
@@ -38,6 +40,7 @@ class ServedModel:
     max_sequence_len: int
     created: int = field(default_factory=lambda: int(time.time()))
     timeout_s: float | None = None
+    ranking: RankingPrompts | None = None
 
     @classmethod
     def of(cls, name: str, opened: OpenModel, worker: EngineWorker) -> ServedModel:
@@ -50,6 +53,7 @@ class ServedModel:
             worker,
             opened.engine.vocab_size,
             opened.engine.max_sequence_len,
+            ranking=opened.ranking,
         )
 
     @cached_property

@@ -239,7 +239,7 @@ class Routes:
     async def rerank(self, request: Request) -> Response:
         """Put documents in the order in which they fit a query."""
         body = await read_body(request, RerankRequest)
-        model = self._models.find_embedding(body.model)
+        model = self._models.find_reranker(body.model)
         return _json(await while_connected(request.receive, rerank(model, body)))
 
     async def list_models(self, request: Request) -> Response:

@@ -211,6 +211,14 @@ def test_a_model_for_embeddings_is_served_alone(
     assert program.closed == ["embedding"]
     assert program.run("bert", "--port", "0", "--embedding-model", "other") == 2
     assert "bert is a model for embeddings itself" in capsys.readouterr().err
+    assert program.run("bert", "--port", "0", "--model-task", "rerank") == 2
+    assert "model_task is 'rerank', but bert is a model for" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("task", ["auto", "rerank"])
+def test_the_task_reaches_the_engine(program: Program, task: str) -> None:
+    assert program.run("model", "--port", "0", "--model-task", task) == 0
+    assert program.calls["open"]["config"].model_task == task
 
 
 def test_an_embedding_model_is_opened_beside(program: Program) -> None:
@@ -277,6 +285,7 @@ def test_a_taken_port_is_told_before_anything_is_made(
         (["--api-key", "two words "], "API key"),
         (["--model-id", " "], "--model-id is empty"),
         (["--tool-parser", "x"], "there is no tool parser 'x'; use auto or one of gpt_oss"),
+        (["--model-task", "embedding"], "model_task must be one of auto, chat, rerank"),
         (["--reasoning-parser", "x"], "there is no reasoning parser 'x'; use one of auto, none"),
         (["--embedding-model-lib", "x.so"], "needs --embedding-model"),
         (["--port", "65536"], "--port 65536 is not a port"),

@@ -38,7 +38,7 @@ def test_the_fields_of_the_original_are_there() -> None:
     names = [field.name for field in dataclasses.fields(EngineConfig)]
     assert names[: len(ORIGINAL)] == ORIGINAL
     ours = ["kv_cache_dtype", "max_queued_requests", "request_timeout_s"]
-    assert names[len(ORIGINAL) :] == [*ours, "tool_parser", "reasoning_parser"]
+    assert names[len(ORIGINAL) :] == [*ours, "tool_parser", "reasoning_parser", "model_task"]
 
 
 @pytest.mark.parametrize(

@@ -307,6 +307,16 @@ def test_logprobs_are_the_log_softmax(logits, num_top) -> None:
     np.testing.assert_allclose([value for _, value in found.top], expected[order], atol=1e-6)
 
 
+def test_logprobs_of_named_tokens(logits) -> None:
+    expected = np.log(softmax(logits))
+    row = make_row(logprobs=0, logprob_token_ids=(9, 2), temperature=0.0)
+    [choice] = sample(logits, row)
+    assert choice.token_id == int(np.argmax(expected))
+    assert [token for token, _ in choice.logprobs.top] == [9, 2]
+    told = [value for _, value in choice.logprobs.top]
+    np.testing.assert_allclose(told, expected[[9, 2]], atol=1e-6)
+
+
 @pytest.mark.parametrize("vocab", [20, 255, 256, 257, 6000, 49_152, 151_936])
 @pytest.mark.parametrize("num_top", [0, 1, 20])
 def test_likeliest_tokens_of_large_vocabularies(vocab, num_top) -> None:

@@ -107,6 +107,7 @@ def test_long_texts_are_refused_or_cut(client: httpx.Client) -> None:
         ({"top_n": True}, "top_n"),
         ({"return_documents": 1}, "return_documents"),
         ({"nonsense": 1}, "nonsense"),
+        ({"instruction": "Find cats"}, "instruction"),
     ],
     ids=lambda value: str(value)[:40],
 )
