@@ -67,4 +67,4 @@ def with_sink(total: Any, maximum: Any, sink_logits: Any, head: Any, sink_dtype:
 
 def weight(score: Any, maximum: Any) -> Any:
     """Return the power of a score below its maximum, 0 for a key that is not seen."""
-    return T.if_then_else(score > T.float32(MASKED / 2), T.exp2(score - maximum), T.float32(0))
+    return T.Select(score > T.float32(MASKED / 2), T.exp2(score - maximum), T.float32(0))

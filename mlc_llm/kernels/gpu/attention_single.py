@@ -123,8 +123,8 @@ def single_steps(
         batch: T.int32,
         parts: T.meta_var,
     ) -> None:
-        for bx in T.thread_binding(batch * parts, thread="blockIdx.x"):
-            for by in T.thread_binding(kv_heads * row_blocks, thread="blockIdx.y"):
+        for s in T.thread_binding(batch, thread="blockIdx.x"):
+            for by in T.thread_binding(kv_heads * row_blocks * parts, thread="blockIdx.y"):
                 for thread in T.thread_binding(threads, thread="threadIdx.x"):
                     work = T.alloc_buffer((work_items,), "float32", scope="shared")
                     scores = T.alloc_buffer((rows * keys,), "float32", scope="shared")
@@ -135,17 +135,23 @@ def single_steps(
                     k_items = T.alloc_buffer((steps * lanes,), kv_dtype, scope="local")
                     v_items = T.alloc_buffer((steps * lanes,), kv_dtype, scope="local")
                     dot = T.alloc_buffer((2,), "float32", scope="local")
-                    s: T.let = bx // parts
-                    part: T.let = bx % parts
-                    kv_head: T.let = by // row_blocks
-                    first_head: T.let = kv_head * group + by % row_blocks * rows
+                    # What is read from memory is not written out again at each use, as sums are.
+                    kept = T.alloc_buffer((3,), "int32", scope="local")
+                    spot = T.alloc_buffer((steps * 2,), "int32", scope="local")
+                    part: T.let = by // (kv_heads * row_blocks)
+                    kv_head: T.let = by // row_blocks % kv_heads
+                    first_row: T.let = by % row_blocks * rows
+                    first_head: T.let = kv_head * group + first_row
                     x: T.let = thread % across
                     y: T.let = thread // across
                     position: T.let = positions[s]
-                    seen: T.let = num_seen(position)
-                    length: T.let = part_len(seen)
-                    begin: T.let = part * length
-                    end: T.let = T.min(begin + length, seen)
+                    kept[0] = part_len(num_seen(position))
+                    length: T.let = kept[0]
+                    kept[1] = part * length
+                    begin: T.let = kept[1]
+                    kept[2] = T.min(begin + length, num_seen(position))
+                    end: T.let = kept[2]
+                    is_whole: T.let = length >= num_seen(position)
                     if begin < end:
                         for r in T.unroll(rows):
                             state[r * 2] = T.float32(MASKED)
@@ -160,13 +166,20 @@ def single_steps(
                             start: T.let = begin + block * keys
                             for u in T.unroll(steps):
                                 # What is past the end repeats the last key and has no weight.
-                                key: T.let = key_at(T.min(start + u * deep + y, end - 1), position)
-                                page: T.let = page_table[s, key // page_size]
-                                item: T.let = key % page_size * head_dim + x * lanes
+                                spot[u * 2] = key_at(T.min(start + u * deep + y, end - 1), position)
+                                spot[u * 2 + 1] = page_table[s, spot[u * 2] // page_size]
+                                spot[u * 2] = spot[u * 2] % page_size * across + x
+                            for u in T.unroll(steps):
+                                page: T.let = spot[u * 2 + 1]
+                                vector: T.let = spot[u * 2]
                                 for v in T.vectorized(lanes):
-                                    k_items[u * lanes + v] = pages[page, 0, kv_head, item + v]
+                                    k_items[u * lanes + v] = pages[
+                                        page, 0, kv_head, vector * lanes + v
+                                    ]
                                 for v in T.vectorized(lanes):
-                                    v_items[u * lanes + v] = pages[page, 1, kv_head, item + v]
+                                    v_items[u * lanes + v] = pages[
+                                        page, 1, kv_head, vector * lanes + v
+                                    ]
                             for r in T.unroll(rows):
                                 for u in T.unroll(steps):
                                     dot[0] = T.float32(0)
@@ -231,14 +244,14 @@ def single_steps(
                                 )
                             T.tvm_storage_sync("shared")
                             head: T.let = first_head + r
-                            if by % row_blocks * rows + r < group:
+                            if first_row + r < group:
                                 for i in T.unroll((head_dim + threads - 1) // threads):
                                     d: T.let = i * threads + thread
                                     if d < head_dim:
                                         state[0] = T.float32(0)
                                         for c in T.unroll(deep):
                                             state[0] = state[0] + work[c * head_dim + d]
-                                        if length >= seen:
+                                        if is_whole:
                                             out[s, head * head_dim + d] = T.Cast(
                                                 dtype,
                                                 state[0]
@@ -248,7 +261,7 @@ def single_steps(
                                             )
                                         else:
                                             scratch[s, head, part, d] = state[0]
-                                if length < seen and thread == 0:
+                                if not is_whole and thread == 0:
                                     scratch[s, head, part, head_dim] = dot[0]
                                     scratch[s, head, part, head_dim + 1] = dot[1]
                             T.tvm_storage_sync("shared")
@@ -269,7 +282,7 @@ def single_steps(
                     best = T.alloc_buffer((3,), "float32", scope="local")
                     seen: T.let = num_seen(positions[s])
                     length: T.let = part_len(seen)
-                    count: T.let = (seen + length - 1) // length
+                    count: T.let = T.truncdiv(seen + length - 1, length)
                     if count > 1:
                         best[0] = T.float32(MASKED)
                         for p in T.serial(count):

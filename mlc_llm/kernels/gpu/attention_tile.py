@@ -26,6 +26,7 @@ from mlc_llm.kernels.gpu.attention_scores import (
 # Rows and keys of a block, the best first: those that fit in shared memory are taken.
 _SIZES = ((64, 32), (32, 32), (32, 16), (32, 8), (16, 16), (16, 8), (8, 8), (4, 8))
 _ACROSS = 8  # threads that share a row
+_KEYS = 4  # whose weights a thread loads at once
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,9 @@ class TileGrid:
 def tile_grid(shape: AttentionShape, dtype: str, limits: BlockLimits) -> TileGrid:
     """Return the layout for a shape: the largest that fits."""
     head_dim = shape.head_dim
-    lanes = math.gcd(4, head_dim)
+    lanes = min(limits.lanes(name, head_dim) for name in (dtype, shape.kv_dtype))
+    if head_dim % (lanes * _ACROSS):
+        lanes = math.gcd(4, head_dim)
     vectors = -(-head_dim // (lanes * _ACROSS))
     for rows, keys in _SIZES:
         head_blocks = -(-shape.group // rows)
@@ -99,6 +102,12 @@ def tile_steps(
     q_stride, kv_stride, score_stride = grid.q_stride, grid.kv_stride, grid.score_stride
     row_step, key_step = grid.row_step, keys // _ACROSS
     deep, head_vectors = threads // _ACROSS, head_dim // lanes
+
+    def block_at(index: Any, window_block: Any, sink_blocks: Any) -> Any:
+        """Return the number of the index-th block that a tile needs."""
+        if shape.sinks <= 0:
+            return index + window_block
+        return T.if_then_else(index < sink_blocks, index, index - sink_blocks + window_block)
 
     @T.macro
     def load(
@@ -155,6 +164,9 @@ def tile_steps(
                     place = T.alloc_buffer((row_step,), "int32", scope="local")
                     best = T.alloc_buffer((2,), "float32", scope="local")
                     bound = T.alloc_buffer((2,), "int32", scope="local")
+                    kept = T.alloc_buffer((5,), "int32", scope="local")
+                    p_items = T.alloc_buffer((row_step * _KEYS,), "float32", scope="local")
+                    o_items = T.alloc_buffer((lanes,), dtype, scope="local")
                     # The blocks of sequence s begin with number query_start[s] // tokens + s.
                     bound[0] = 0
                     bound[1] = batch - 1
@@ -166,16 +178,21 @@ def tile_steps(
                             else:
                                 bound[1] = middle - 1
                     s: T.let = bound[0]
-                    first: T.let = query_start[s] + (bx - query_start[s] // tokens - s) * tokens
-                    count: T.let = T.min(query_start[s + 1] - first, tokens)
+                    # What is read from memory is not written out again at each use, as sums are.
+                    kept[0] = query_start[s] + (bx - query_start[s] // tokens - s) * tokens
+                    first: T.let = kept[0]
+                    kept[1] = T.min(query_start[s + 1] - first, tokens)
+                    count: T.let = kept[1]
                     kv_head: T.let = by // head_blocks
                     first_head: T.let = kv_head * group + by % head_blocks * heads
                     x: T.let = thread % _ACROSS
                     y: T.let = thread // _ACROSS
                     if count > 0:
                         last: T.let = positions[first + count - 1]
-                        window_block: T.let = first_key(shape, positions[first]) // keys
-                        sink_blocks: T.let = T.min((shape.sinks + keys - 1) // keys, window_block)
+                        kept[2] = first_key(shape, positions[first]) // keys
+                        window_block: T.let = kept[2]
+                        kept[3] = T.min((shape.sinks + keys - 1) // keys, window_block)
+                        sink_blocks: T.let = kept[3]
                         for i in T.serial((rows * head_vectors + threads - 1) // threads):
                             at: T.let = i * threads + thread
                             query_row: T.let = at // head_vectors
@@ -195,12 +212,8 @@ def tile_steps(
                             for v in T.unroll(vectors * lanes):
                                 acc[i * vectors * lanes + v] = T.float32(0)
                         for block in T.serial(sink_blocks + last // keys - window_block + 1):
-                            start: T.let = (
-                                T.if_then_else(
-                                    block < sink_blocks, block, block - sink_blocks + window_block
-                                )
-                                * keys
-                            )
+                            kept[4] = block_at(block, window_block, sink_blocks) * keys
+                            start: T.let = kept[4]
                             T.tvm_storage_sync("shared")
                             load(
                                 *(pages, page_table, block_items, s, 0, kv_head),
@@ -232,7 +245,7 @@ def tile_steps(
                                 best[0] = T.float32(MASKED)
                                 for j in T.unroll(key_step):
                                     key: T.let = start + j * _ACROSS + x
-                                    score[i * key_step + j] = T.if_then_else(
+                                    score[i * key_step + j] = T.Select(
                                         is_visible(shape, key, place[i]),
                                         finish_score(
                                             shape,
@@ -268,18 +281,27 @@ def tile_steps(
                                 *(start, last, thread),
                             )
                             T.tvm_storage_sync("shared")
-                            for j in T.serial(keys):
-                                for c in T.unroll(vectors):
-                                    for v in T.vectorized(lanes):
-                                        v_items[c * lanes + v] = block_items[
-                                            j * kv_stride + (c * _ACROSS + x) * lanes + v
-                                        ]
+                            for j in T.serial(keys // _KEYS):
                                 for i in T.unroll(row_step):
-                                    best[0] = powers[(i * deep + y) * score_stride + j]
-                                    for v in T.unroll(vectors * lanes):
-                                        acc[i * vectors * lanes + v] = acc[
-                                            i * vectors * lanes + v
-                                        ] + best[0] * T.Cast("float32", v_items[v])
+                                    for v in T.vectorized(_KEYS):
+                                        p_items[i * _KEYS + v] = powers[
+                                            (i * deep + y) * score_stride + j * _KEYS + v
+                                        ]
+                                for u in T.unroll(_KEYS):
+                                    for c in T.unroll(vectors):
+                                        for v in T.vectorized(lanes):
+                                            v_items[c * lanes + v] = block_items[
+                                                (j * _KEYS + u) * kv_stride
+                                                + (c * _ACROSS + x) * lanes
+                                                + v
+                                            ]
+                                    for i in T.unroll(row_step):
+                                        for v in T.unroll(vectors * lanes):
+                                            acc[i * vectors * lanes + v] = acc[
+                                                i * vectors * lanes + v
+                                            ] + p_items[i * _KEYS + u] * T.Cast(
+                                                "float32", v_items[v]
+                                            )
                         T.tvm_storage_sync("shared")
                         for i in T.unroll(row_step):
                             partial[(i * deep + y) * _ACROSS + x] = state[i * 2 + 1]
@@ -299,13 +321,14 @@ def tile_steps(
                                 )
                                 for c in T.unroll(vectors):
                                     if c * _ACROSS + x < head_vectors:
+                                        for v in T.unroll(lanes):
+                                            o_items[v] = T.Cast(
+                                                dtype, acc[(i * vectors + c) * lanes + v] * best[0]
+                                            )
                                         for v in T.vectorized(lanes):
                                             out[
                                                 first + row // heads,
                                                 head * head_dim + (c * _ACROSS + x) * lanes + v,
-                                            ] = T.Cast(
-                                                dtype,
-                                                acc[(i * vectors + c) * lanes + v] * best[0],
-                                            )
+                                            ] = o_items[v]
 
     return attend

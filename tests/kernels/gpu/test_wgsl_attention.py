@@ -1,0 +1,235 @@
+"""Attention over pages on GPUs, run as WGSL, against a dense softmax in NumPy."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mlc_llm.kernels.cpu.attention_pages import AttentionShape
+from mlc_llm.kernels.gpu.attention import paged_attention
+from mlc_llm.kernels.gpu.attention_pages import copy_pages, rope_and_write, write
+from mlc_llm.kernels.gpu.attention_scores import BlockLimits
+from mlc_llm.kernels.gpu.rope import rope_table
+
+PAGE = 16
+TOLERANCE = {"float32": 2e-5, "float16": 4e-3}
+# What WebGPU grants for certain.
+LIMITS = BlockLimits(max_parts=4)
+
+GQA = AttentionShape(8, 2, 16, PAGE, "float32", 0.25, -1)
+SHAPES = {
+    "groups of 4": GQA,
+    "groups of 3, float16, window longer than a block": AttentionShape(
+        3, 1, 64, PAGE, "float16", 0.125, 70
+    ),
+    "no groups, float16, soft cap": AttentionShape(2, 2, 80, PAGE, "float16", 0.1, -1, soft_cap=3),
+    "groups of 8, wide heads": AttentionShape(8, 1, 128, PAGE, "float32", 0.09, -1),
+    "float32 beside float16 pages, alibi": AttentionShape(
+        6, 3, 32, PAGE, "float16", 0.2, -1, alibi=True
+    ),
+    "window and sinks": dataclasses.replace(GQA, window=24, sinks=4),
+    "groups larger than a block, sinks over blocks": AttentionShape(
+        36, 1, 8, PAGE, "float32", 0.25, 3, sinks=67
+    ),
+    "odd sizes, chunks": AttentionShape(2, 2, 6, PAGE, "float32", 0.4, 24, is_chunked=True),
+}
+# (context, new tokens) of each sequence: chunks that begin inside pages, single tokens beside.
+RAGGED = [(5, 5), (130, 1), (70, 37), (64, 64), (17, 3), (65, 2), (290, 5)]
+# Up to 256 keys are one part, up to 1024 are parts of 256, then four parts grow.
+SINGLE = [(length, 1) for length in (1, 16, 17, 65, 255, 256, 257, 520, 1300)]
+
+
+class Step:
+    """Random inputs of one step over sequences whose pages lie in any order."""
+
+    def __init__(self, shape: AttentionShape, work: list[tuple[int, int]], dtype: str) -> None:
+        rng = np.random.default_rng(7)
+        self.shape, self.work, self.dtype = shape, work, dtype
+        counts = [-(-context // PAGE) for context, _ in work]
+        order = iter(rng.permutation(sum(counts) + 3).tolist())
+        # What rows of fewer pages are filled up with is no page.
+        self.page_table = np.full((len(work), max(counts) + 1), -1, np.int32)
+        # Slots that hold no token may hold anything, even this.
+        size = (sum(counts) + 3, 2, shape.num_kv_heads, PAGE, shape.head_dim)
+        pages = np.full(size, np.nan, shape.kv_dtype)
+        self.kv = []
+        for row, (context, _) in enumerate(work):
+            kv = rng.standard_normal((2, shape.num_kv_heads, context, shape.head_dim))
+            self.kv.append(kv.astype(shape.kv_dtype).astype(np.float64))
+            for place in range(counts[row]):
+                page = self.page_table[row, place] = next(order)
+                part = kv[:, :, place * PAGE : (place + 1) * PAGE]
+                pages[page, :, :, : part.shape[2]] = part
+        self.pages = pages.reshape(*size[:3], -1)
+        self.query_start = np.cumsum([0, *(count for _, count in work)]).astype(np.int32)
+        positions = [np.arange(context - count, context) for context, count in work]
+        self.positions = np.concatenate(positions).astype(np.int32)
+        n = len(self.positions)
+        self.q = (2 * rng.standard_normal((n, shape.num_heads, shape.head_dim))).astype(dtype)
+
+    def run(self, webgpu: Any, sink_logits: np.ndarray | None = None) -> np.ndarray:
+        shape, n = self.shape, len(self.positions)
+        sink_dtype = None if sink_logits is None else str(sink_logits.dtype)
+        extra = {} if sink_logits is None else {"sink_logits": sink_logits}
+        width = shape.num_heads * shape.head_dim
+        scratch = (len(self.work), shape.num_heads, LIMITS.max_parts, shape.head_dim + 2)
+        found: np.ndarray = webgpu.run(
+            paged_attention(shape, self.dtype, sink_dtype, LIMITS),
+            q=self.q,
+            pages=self.pages,
+            query_start=self.query_start,
+            page_table=self.page_table,
+            positions=self.positions,
+            scratch=np.full(scratch, np.nan, np.float32),
+            out=np.full((n, width), np.nan, self.dtype),
+            **extra,
+        )["out"]
+        return found.reshape(self.q.shape)
+
+    def expected(self, sink_logits: np.ndarray | None = None) -> np.ndarray:
+        shape, out = self.shape, np.empty(self.q.shape)
+        for row, (context, _) in enumerate(self.work):
+            keys, values = np.repeat(self.kv[row], shape.group, axis=1)  # (heads, context, d)
+            for t in range(self.query_start[row], self.query_start[row + 1]):
+                scores = np.einsum("hd,hkd->hk", self.q[t].astype(np.float64), keys) * shape.scale
+                distance = self.positions[t] - np.arange(context)
+                scores = finish(shape, scores, distance)
+                scores[:, ~visible(shape, np.arange(context), self.positions[t])] = -np.inf
+                if sink_logits is not None:  # one score more, of no value
+                    scores = np.concatenate([scores, sink_logits[:, None]], axis=1)
+                weights = np.exp(scores - scores.max(1, keepdims=True))
+                weights /= weights.sum(1, keepdims=True)
+                out[t] = np.einsum("hk,hkd->hd", weights[:, :context], values)
+        return out
+
+
+def finish(shape: AttentionShape, scores: np.ndarray, distance: np.ndarray) -> np.ndarray:
+    if shape.soft_cap:
+        return shape.soft_cap * np.tanh(scores / shape.soft_cap)
+    if shape.alibi:
+        # Six heads: the slopes of four, then every second of those of eight.
+        slopes = 2.0 ** -np.array([2, 4, 6, 8, 1, 3])
+        return scores - slopes[:, None] * distance
+    return scores
+
+
+def visible(shape: AttentionShape, keys: np.ndarray, position: int) -> np.ndarray:
+    mask = keys <= position
+    if shape.window > 0:
+        recent = keys > position - shape.window
+        if shape.is_chunked:
+            recent = keys // shape.window == position // shape.window
+        mask &= recent | (keys < shape.sinks)
+    return mask
+
+
+def check(webgpu: Any, step: Step, sink_logits: np.ndarray | None = None) -> None:
+    found, expected = step.run(webgpu, sink_logits), step.expected(sink_logits)
+    np.testing.assert_allclose(
+        found.astype(np.float64), expected, atol=TOLERANCE[step.dtype], rtol=TOLERANCE[step.dtype]
+    )
+
+
+@pytest.fixture(params=SHAPES)
+def shape(request, webgpu) -> tuple[AttentionShape, str]:
+    """A shape, and what rows of queries are made of."""
+    shape = SHAPES[request.param]
+    if shape.kv_dtype == "float16" and not webgpu.has_float16:
+        pytest.skip(f"{webgpu.name} has no shader-f16")
+    return shape, "float32" if "float32 beside" in request.param else shape.kv_dtype
+
+
+@pytest.mark.parametrize("work", [RAGGED, SINGLE], ids=["ragged", "single"])
+def test_attention(webgpu, shape, work) -> None:
+    check(webgpu, Step(shape[0], work, shape[1]))
+
+
+@pytest.mark.parametrize("work", [RAGGED, SINGLE], ids=["ragged", "single"])
+def test_sink_logits(webgpu, work) -> None:
+    # Some take nothing, some everything.
+    logits = np.array([-200, 3, 200, 0, -1, 2, 1, 5], np.float32)
+    check(webgpu, Step(dataclasses.replace(GQA, window=70), work, "float32"), logits)
+
+
+def test_tokens_do_not_depend_on_what_is_beside_them(webgpu) -> None:
+    whole = Step(dataclasses.replace(GQA, window=50, sinks=3), [(340, 41)], "float32")
+    together = whole.run(webgpu)
+    # The same tokens in pieces, a last one alone, beside others; the first token is left away.
+    pieces = [(1, 7), (7, 8), (8, 33), (33, 41)]
+    part = copy.copy(whole)
+    part.query_start = np.array([0, *(end - 1 for _, end in pieces)], np.int32)
+    part.page_table = np.repeat(whole.page_table, len(pieces), axis=0)
+    part.positions, part.q = whole.positions[1:], whole.q[1:]
+    part.work = [(299 + end, end - begin) for begin, end in pieces]
+    np.testing.assert_array_equal(part.run(webgpu), together[1:])
+
+
+def rotated(heads: np.ndarray, table: np.ndarray, is_interleaved: bool) -> np.ndarray:
+    """Return heads (n, h, d) with the first items turned; table (n, rotary_dim)."""
+    half = table.shape[1] // 2
+    first, second = slice(0, half), slice(half, 2 * half)
+    if is_interleaved:
+        first, second = slice(0, 2 * half, 2), slice(1, 2 * half, 2)
+    cos, sin = np.split(table.astype(np.float64)[:, None], 2, axis=2)
+    out = heads.copy()
+    out[..., first] = heads[..., first] * cos - heads[..., second] * sin
+    out[..., second] = heads[..., second] * cos + heads[..., first] * sin
+    return out
+
+
+@pytest.mark.parametrize("kind", ["halves", "interleaved", "none"])
+@pytest.mark.parametrize("kv_dtype", ["float32", "float16"])
+def test_rotation_and_write(webgpu, kind, kv_dtype) -> None:
+    if kv_dtype == "float16" and not webgpu.has_float16:
+        pytest.skip(f"{webgpu.name} has no shader-f16")
+    rng = np.random.default_rng(3)
+    shape = AttentionShape(6, 2, 32, PAGE, kv_dtype, 1.0, -1)
+    dtype, n, rotary_dim = kv_dtype, 5, 24
+    qkv = rng.standard_normal((n, 10 * 32)).astype(dtype)
+    slots = np.array([0, 47, 31, 32, 16], np.int32)
+    pages = rng.standard_normal((3, 2, 2, PAGE * 32)).astype(kv_dtype)
+    tensors = {"qkv": qkv, "slots": slots, "pages": pages, "q": np.zeros((n, 6, 32), dtype)}
+    heads = qkv.reshape(n, 10, 32).astype(np.float64)
+    if kind == "none":
+        kernel = write(shape, dtype)
+    else:
+        table = rng.uniform(-1, 1, (n, rotary_dim)).astype(np.float32)
+        tensors["table"] = table
+        kernel = rope_and_write(shape, rotary_dim, kind == "interleaved", dtype)
+        heads[:, :8] = rotated(heads[:, :8], table, kind == "interleaved")
+    found = webgpu.run(kernel, **tensors)
+    tolerance = TOLERANCE[dtype]
+    np.testing.assert_allclose(found["q"].astype(np.float64), heads[:, :6], atol=tolerance)
+    expected = pages.reshape(3, 2, 2, PAGE, 32).astype(np.float64)
+    expected[slots // PAGE, :, :, slots % PAGE] = heads[:, 6:].reshape(n, 2, 2, 32)
+    np.testing.assert_allclose(found["pages"], expected.reshape(pages.shape), atol=tolerance)
+
+
+def test_table_of_angles(webgpu) -> None:
+    # The last position is one of a long text: the angle has to stay exact.
+    positions = np.array([0, 1, 77, 100_000], np.int32)
+    frequencies = (10000.0 ** (-np.arange(8) / 8)).astype(np.float32)
+    angles = (positions[:, None].astype(np.float32) * frequencies).astype(np.float64)
+    found = webgpu.run(
+        rope_table(None, 16, 1.25),
+        positions=positions,
+        frequencies=frequencies,
+        out=np.zeros((4, 16), np.float32),
+    )["out"]
+    expected = 1.25 * np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
+    np.testing.assert_allclose(found, expected, atol=1e-3)
+
+
+def test_copies_of_pages(webgpu) -> None:
+    pages = np.arange(6 * 2 * 3 * PAGE * 8, dtype=np.float32).reshape(6, 2, 3, PAGE * 8)
+    sources, targets = np.array([5, 0, 5], np.int32), np.array([1, 2, 4], np.int32)
+    found = webgpu.run(
+        copy_pages(3, PAGE * 8, "float32"), pages=pages, sources=sources, targets=targets
+    )["pages"]
+    expected = pages.copy()
+    expected[targets] = pages[sources]
+    np.testing.assert_array_equal(found, expected)
