@@ -195,7 +195,8 @@ def test_channels_share_the_limit_and_are_barred_after_it(model: Model) -> None:
 def test_channels_end_where_the_grammar_goes_on(model: Model) -> None:
     shape = get_format("gpt_oss").shape
     ids = {text: model.tokenizer.token_to_id(text) or 0 for text in shape.special}
-    source = call_grammar(shape, ToolUse((Tool("find", None, CITY),), "required"), ids)
+    use = ToolUse((Tool("find", None, CITY),), "required", parallel=False)
+    source = call_grammar(shape, use, ids)
     assert source is not None
     calls = GrammarSpec("lark", source, continues_text=True)
     model.logits = model.after("<|start|>assistant", ANALYSIS)

@@ -6,11 +6,13 @@ Python is read as what it stands for, never run: names, and arguments by keyword
 from __future__ import annotations
 
 import json
+from functools import partial
 
 from mlc_llm.text.tool_calls.json_calls import (
     MAX_NAME_LEN,
     is_unicode,
     read_call,
+    read_call_at,
     read_list,
     read_word,
     skip_space,
@@ -39,12 +41,13 @@ def read(marker: str, out: CallWriter) -> Reading:
             yield from read_call(out, needs_arguments=True)
         elif char == "[":
             char = yield from skip_space((yield))
-            if char == "{":
-                yield from read_list(char, out, needs_arguments=True)
-            else:
-                yield from _read_python_list(char, out)
+            is_json = char == "{"
+            read_item = (
+                partial(read_call_at, out, True) if is_json else partial(_read_statement, out)
+            )
+            yield from read_list(char, out, read_item)
         elif marker:
-            yield from _read_statement(char, out)
+            yield from _read_statement(out, char)
         else:
             raise NotACall
         char = yield from skip_space((yield))
@@ -55,24 +58,12 @@ def read(marker: str, out: CallWriter) -> Reading:
             char = yield from skip_space((yield))
 
 
-def _read_python_list(char: str, out: CallWriter) -> Reading:
-    while True:
-        yield from _read_statement(char, out)
-        char = yield from skip_space((yield))
-        if char == "]":
-            out.accept()
-            return
-        if char != ",":
-            raise NotACall
-        char = yield from skip_space((yield))
-
-
-def _read_statement(char: str, out: CallWriter, is_printed: bool = False) -> Reading:
+def _read_statement(out: CallWriter, char: str, is_printed: bool = False) -> Reading:
     """Read `name(key=value, ...)`, or that inside of `print(...)`."""
     name = char + (yield from _read_name_until("("))
     if name == "print" and not is_printed:
         char = yield from skip_space((yield))
-        yield from _read_statement(char, out, is_printed=True)
+        yield from _read_statement(out, char, is_printed=True)
         char = yield from skip_space((yield))
         if char != ")":
             raise NotACall

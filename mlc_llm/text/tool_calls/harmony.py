@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from mlc_llm.text.events import Event, Reasoning, join_events
+from mlc_llm.text.events import Event, Reasoning
 from mlc_llm.text.tool_calls.json_calls import read_arguments, skip_space
 from mlc_llm.text.tool_calls.reading import (
     CallWriter,
@@ -52,7 +52,7 @@ class HarmonyParser:
         """Take more text; return what is now sure."""
         for start in range(0, len(text), _SLICE):
             self._take(text[start : start + _SLICE])
-        return self._take_events()
+        return self._writer.take_events()
 
     def finish(self) -> list[Event]:
         """Return what was held back, now that no text comes any more."""
@@ -63,12 +63,7 @@ class HarmonyParser:
         self._header = ""
         self._end_body()
         self._writer.finish()
-        return self._take_events()
-
-    def _take_events(self) -> list[Event]:
-        events = join_events(self._writer.events)
-        self._writer.events = []
-        return events
+        return self._writer.take_events()
 
     def _take(self, text: str) -> None:
         text = self._tail + text

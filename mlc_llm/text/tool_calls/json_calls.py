@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 
 from mlc_llm.text.tool_calls.json_text import JsonText, NotJson, check_object
 from mlc_llm.text.tool_calls.reading import CallWriter, NotACall, Reading
@@ -45,21 +46,17 @@ def read_until(stop: str, max_len: int = _MAX_WORD_LEN) -> Reading:
 
 def read_calls(char: str, out: CallWriter, *, needs_arguments: bool = False) -> Reading:
     """Read an object, or a list of them, that begins with `char`."""
-    if char == "{":
-        yield from read_call(out, needs_arguments)
-    elif char == "[":
+    if char == "[":
         char = yield from skip_space((yield))
-        yield from read_list(char, out, needs_arguments)
+        yield from read_list(char, out, partial(read_call_at, out, needs_arguments))
     else:
-        raise NotACall
+        yield from read_call_at(out, needs_arguments, char)
 
 
-def read_list(char: str, out: CallWriter, needs_arguments: bool = False) -> Reading:
-    """Read objects of which the first begins with `char`, up to the closing bracket."""
+def read_list(char: str, out: CallWriter, read_item: Callable[[str], Reading]) -> Reading:
+    """Read items of which the first begins with `char`, up to the closing bracket."""
     while True:
-        if char != "{":
-            raise NotACall
-        yield from read_call(out, needs_arguments)
+        yield from read_item(char)
         char = yield from skip_space((yield))
         if char == "]":
             out.accept()
@@ -67,6 +64,13 @@ def read_list(char: str, out: CallWriter, needs_arguments: bool = False) -> Read
         if char != ",":
             raise NotACall
         char = yield from skip_space((yield))
+
+
+def read_call_at(out: CallWriter, needs_arguments: bool, char: str) -> Reading:
+    """Read an object that is to begin with `char`."""
+    if char != "{":
+        raise NotACall
+    yield from read_call(out, needs_arguments)
 
 
 def read_call(out: CallWriter, needs_arguments: bool = False, is_inner: bool = False) -> Reading:

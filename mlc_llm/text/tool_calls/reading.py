@@ -151,6 +151,11 @@ class CallWriter:
             self.events.append(Content("".join(self._spaces)))
         self._spaces = []
 
+    def take_events(self) -> list[Event]:
+        """Return the events since the last time."""
+        events, self.events = join_events(self.events), []
+        return events
+
     def _pass(self) -> None:
         if not self._holds_calls:
             self._flush()
@@ -192,7 +197,7 @@ class CallParser:
         """Take more text; return what is now sure."""
         for start in range(0, len(text), _SLICE):
             self._take(text[start : start + _SLICE])
-        return self._take_events()
+        return self._writer.take_events()
 
     def finish(self) -> list[Event]:
         """Return what was held back, now that no text comes any more."""
@@ -202,12 +207,7 @@ class CallParser:
         tail, self._tail = self._tail, ""
         self._writer.raw.append(tail)
         self._writer.finish()
-        return self._take_events()
-
-    def _take_events(self) -> list[Event]:
-        events = join_events(self._writer.events)
-        self._writer.events = []
-        return events
+        return self._writer.take_events()
 
     def _take(self, text: str) -> None:
         place = 0
