@@ -15,6 +15,7 @@ from mlc_llm.api.resources import (
     Completions,
     Embeddings,
     Models,
+    Reranking,
     Responses,
     engine_ids,
 )
@@ -54,6 +55,7 @@ class AsyncMLCEngine:
     completions: Completions
     responses: Responses
     embeddings: Embeddings
+    rerank: Reranking
     models: Models
 
     def __init__(
@@ -113,6 +115,7 @@ class AsyncMLCEngine:
         self.completions = Completions(owner)
         self.responses = Responses(owner)
         self.embeddings = Embeddings(owner)
+        self.rerank = Reranking(owner)
         self.models = Models(owner)
 
     async def abort(self, request_id: str) -> None:

@@ -1,5 +1,5 @@
 """What an engine can be asked, under the names of OpenAI's client: chats, completions, responses,
-embeddings.
+embeddings; and reranking.
 
 Answers are made by `serve`, from the same requests that the server takes.
 """
@@ -20,6 +20,7 @@ from mlc_llm.serve.protocol.chat import ChatCompletion, ChatCompletionChunk, Cha
 from mlc_llm.serve.protocol.completions import MAX_PROMPTS, Completion, CompletionRequest
 from mlc_llm.serve.protocol.response_events import Response, ResponseEvent
 from mlc_llm.serve.protocol.responses import ResponseRequest
+from mlc_llm.serve.rerank import RerankRequest, RerankResponse, rerank
 from mlc_llm.serve.responses import RESPONSE_PREFIX, respond, respond_stream
 
 Chunk = TypeVar("Chunk")
@@ -172,6 +173,18 @@ class Embeddings:
         """Return the vectors of `input`; takes the fields that the server takes."""
         request = read_request(EmbeddingRequest, fields)
         return await embed(self._owner.models.find_embedding(request.model), request)
+
+
+class Reranking:
+    """`rerank`: documents in the order in which they fit a query; OpenAI's client has no such."""
+
+    def __init__(self, owner: Owner) -> None:
+        self._owner = owner
+
+    async def create(self, **fields: Any) -> RerankResponse:
+        """Put `documents` in order by `query`; takes the fields that the server takes."""
+        request = read_request(RerankRequest, fields)
+        return await rerank(self._owner.models.find_reranker(request.model), request)
 
 
 class Models:

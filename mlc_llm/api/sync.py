@@ -45,6 +45,7 @@ class MLCEngine:
         self.completions = SimpleNamespace(create=self._waiting(engine.completions.create))
         self.responses = SimpleNamespace(create=self._waiting(engine.responses.create))
         self.embeddings = SimpleNamespace(create=self._waiting(engine.embeddings.create))
+        self.rerank = SimpleNamespace(create=self._waiting(engine.rerank.create))
         self.models = SimpleNamespace(
             list=self._waiting(engine.models.list), retrieve=self._waiting(engine.models.retrieve)
         )

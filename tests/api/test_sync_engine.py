@@ -51,6 +51,8 @@ def test_every_method(engine: MLCEngine) -> None:
     assert text_of(stream) == text
     assert engine.completions.create(prompt="he", max_tokens=3).choices[0].text
     assert len(engine.embeddings.create(input="hello").data) == 1
+    order = engine.rerank.create(query="he", documents=["lo", "he"], return_documents=True)
+    assert [result.document.text for result in order.results] == ["he", "lo"]
     assert [model.id for model in engine.models.list().data] == ["tiny", "vectors"]
     assert engine.models.retrieve("vectors").id == "vectors"
     assert engine.metrics()["completion_tokens_sum"] == 27
@@ -82,6 +84,8 @@ def test_without_an_embedding_model() -> None:
     with MLCEngine.from_models(parts.models, parts.close) as engine:
         with pytest.raises(RequestError, match="embedding"):
             engine.embeddings.create(input="hello")
+        with pytest.raises(RequestError, match="puts documents in order"):
+            engine.rerank.create(query="he", documents=["he"])
         assert len(engine.models.list().data) == 1
 
 
