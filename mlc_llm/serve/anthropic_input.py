@@ -28,7 +28,7 @@ from mlc_llm.serve.transcript import Names, Transcript, read_chat_request
 # What fields of a chat are called here.
 OUR_NAMES: Names = (
     (re.compile(r"^max_(completion_)?tokens$"), "max_tokens"),
-    (re.compile(r"^(response_format\.json_schema|response_format)"), "output_config.format"),
+    (re.compile(r"^response_format(\.json_schema)?"), "output_config.format"),
     (re.compile(r"^reasoning_effort"), "output_config.effort"),
     (re.compile(r"^enable_thinking"), "thinking.type"),
     (re.compile(r"^thinking_token_budget"), "thinking.budget_tokens"),

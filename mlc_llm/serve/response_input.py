@@ -23,8 +23,7 @@ from mlc_llm.serve.transcript import Names, Transcript, read_chat_request
 # What fields of a chat are called here.
 OUR_NAMES: Names = (
     (re.compile(r"^max_(completion_)?tokens$"), "max_output_tokens"),
-    (re.compile(r"^response_format\.json_schema"), "text.format"),
-    (re.compile(r"^response_format"), "text.format"),
+    (re.compile(r"^response_format(\.json_schema)?"), "text.format"),
     (re.compile(r"^reasoning_effort"), "reasoning.effort"),
     (re.compile(r"^(tools\[\d+\]|tool_choice)\.function"), r"\1"),
     (re.compile(r"^messages.*"), "input"),

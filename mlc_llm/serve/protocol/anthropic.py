@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, StrictBool, StrictStr, Tag
+from pydantic import Field, StrictBool, StrictStr, Tag
 
 from mlc_llm.errors import RequestError
 from mlc_llm.serve.protocol.base import (
@@ -18,7 +18,13 @@ from mlc_llm.serve.protocol.base import (
     number,
     whole,
 )
-from mlc_llm.serve.protocol.fields import CheckedBody, Refused, WithoutEffect, with_fields
+from mlc_llm.serve.protocol.fields import (
+    CheckedBody,
+    Refused,
+    WithoutEffect,
+    choose_class,
+    with_fields,
+)
 from mlc_llm.serve.protocol.messages import MAX_MESSAGES
 
 _MAX_BLOCKS = 1024
@@ -116,16 +122,9 @@ class ToolResultBlock(Block):
 
 def _tag(*kinds: str) -> Any:
     """Return what chooses a block's class by its type, and refuses other types."""
-
-    def kind_of(value: Any) -> str | None:
-        kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
-        return f"<{kind}>" if kind in kinds else None
-
     names = ", ".join(repr(kind) for kind in kinds)
-    return Discriminator(
-        kind_of,
-        custom_error_type="block_type",
-        custom_error_message=f"the server takes blocks of type {names} only here",
+    return choose_class(
+        {kind: f"<{kind}>" for kind in kinds}, f"the server takes blocks of type {names} only here"
     )
 
 
@@ -166,19 +165,14 @@ class SystemMessage(RequestBody):
     content: Texts
 
 
-def _role_of(value: Any) -> str | None:
-    role = value.get("role") if isinstance(value, dict) else getattr(value, "role", None)
-    return f"<{role}>" if role in ("user", "assistant", "system") else None
-
-
 Message = Annotated[
     Annotated[UserMessage, Tag("<user>")]
     | Annotated[AssistantMessage, Tag("<assistant>")]
     | Annotated[SystemMessage, Tag("<system>")],
-    Discriminator(
-        _role_of,
-        custom_error_type="role",
-        custom_error_message="a message has the role 'user', 'assistant' or 'system'",
+    choose_class(
+        {role: f"<{role}>" for role in ("user", "assistant", "system")},
+        "a message has the role 'user', 'assistant' or 'system'",
+        key="role",
     ),
 ]
 

@@ -1,15 +1,15 @@
 """Bodies that know more fields than they honour: others are refused by name, or without effect.
 
-Which fields those are is said in tables, one for each protocol.
+Which fields those are is said in tables, one for each protocol. Also, which class an object has.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
-from pydantic import Field, create_model, model_validator
+from pydantic import Discriminator, Field, create_model, model_validator
 
 from mlc_llm.errors import RequestError
 from mlc_llm.serve.protocol.base import RequestBody
@@ -68,6 +68,27 @@ def with_fields(
     made = create_model(name, __base__=base, **fields)
     made.refused = refused
     return made
+
+
+def choose_class(
+    tags: Mapping[str, str],
+    message: str,
+    key: str = "type",
+    usual: Callable[[Any], str] | None = None,
+) -> Any:
+    """Return what chooses an object's class by the value of its key, and refuses other values.
+
+    tags: the class's `Tag` by the value. message: what is said of others. usual: the value where
+    there is none.
+    """
+
+    def find_tag(value: Any) -> str | None:
+        found = value.get(key) if isinstance(value, dict) else getattr(value, key, None)
+        if found is None and usual is not None:
+            found = usual(value)
+        return tags.get(found) if isinstance(found, str) else None
+
+    return Discriminator(find_tag, custom_error_type=f"unknown_{key}", custom_error_message=message)
 
 
 def _is_same(value: Any, other: Any) -> bool:

@@ -7,11 +7,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, StrictBool, StrictStr, Tag
+from pydantic import Field, StrictBool, StrictStr, Tag
 
 from mlc_llm.errors import RequestError
 from mlc_llm.serve.protocol.base import OnlyFalse, RequestBody, number, whole
-from mlc_llm.serve.protocol.fields import CheckedBody, Refused, WithoutEffect, with_fields
+from mlc_llm.serve.protocol.fields import (
+    CheckedBody,
+    Refused,
+    WithoutEffect,
+    choose_class,
+    with_fields,
+)
 
 MAX_ITEMS = 4096
 _MAX_PARTS = 1024
@@ -75,27 +81,19 @@ class ImagePart(RequestBody):
     prompt_cache_breakpoint: Any = None
 
 
-_TEXT_TYPES = ("input_text", "output_text", "text")
-_WHAT_PARTS = (
-    "the server takes parts of type 'input_text', 'input_image', 'output_text' and 'refusal' only"
-)
-
-
-def _kind_of_part(value: Any) -> str | None:
-    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
-    if kind in _TEXT_TYPES:
-        return "<text>"
-    return {"refusal": "<refusal>", "input_image": "<image>"}.get(str(kind))
-
-
+_PARTS = {
+    **dict.fromkeys(("input_text", "output_text", "text"), "<text>"),
+    "input_image": "<image>",
+    "refusal": "<refusal>",
+}
 Part = Annotated[
     Annotated[InputPart, Tag("<text>")]
     | Annotated[ImagePart, Tag("<image>")]
     | Annotated[RefusalPart, Tag("<refusal>")],
-    Discriminator(
-        _kind_of_part,
-        custom_error_type="part_type",
-        custom_error_message=_WHAT_PARTS,
+    choose_class(
+        _PARTS,
+        "the server takes parts of type 'input_text', 'input_image', 'output_text' and 'refusal' "
+        "only",
     ),
 ]
 Content = StrictStr | Annotated[list[Part], Field(max_length=_MAX_PARTS)]
@@ -160,30 +158,21 @@ class ReasoningItem(RequestBody):
     status: Status | None = None
 
 
-_KINDS_OF_ITEM = ("message", "function_call", "function_call_output", "reasoning")
-_WHAT_ITEMS = (
-    "the server takes items of type 'message', 'function_call', 'function_call_output' and "
-    "'reasoning' only: it stores nothing and runs no tools"
-)
+def _usual_item(value: Any) -> str:
+    return "message" if isinstance(value, dict) and "role" in value else ""
 
 
-def _kind_of_item(value: Any) -> str | None:
-    if isinstance(value, dict):
-        kind = value.get("type", "message" if "role" in value else None)
-    else:
-        kind = getattr(value, "type", None)
-    return f"<{kind}>" if kind in _KINDS_OF_ITEM else None
-
-
+_ITEMS = ("message", "function_call", "function_call_output", "reasoning")
 Item = Annotated[
     Annotated[MessageItem, Tag("<message>")]
     | Annotated[FunctionCallItem, Tag("<function_call>")]
     | Annotated[FunctionCallOutputItem, Tag("<function_call_output>")]
     | Annotated[ReasoningItem, Tag("<reasoning>")],
-    Discriminator(
-        _kind_of_item,
-        custom_error_type="item_type",
-        custom_error_message=_WHAT_ITEMS,
+    choose_class(
+        {kind: f"<{kind}>" for kind in _ITEMS},
+        "the server takes items of type 'message', 'function_call', 'function_call_output' and "
+        "'reasoning' only: it stores nothing and runs no tools",
+        usual=_usual_item,
     ),
 ]
 
