@@ -28,13 +28,15 @@ _Key = tuple[str, str, bool, bool]
 class CompiledGrammar:
     """A grammar at its beginning; `matcher` is copied for each sequence and not used itself.
 
-    matcher: None where any text will do. thoughts: None where they have no limit.
+    matcher: None where any text will do. thoughts: None where they have no limit. read_s: seconds
+    of processor time that reading it has taken now, none where it was known.
     """
 
     matcher: LLMatcher | None
     vocabulary: GrammarVocabulary
     starts_after: tuple[bytes, ...]
     thoughts: CompiledLimit | None
+    read_s: float = 0.0
 
 
 class GrammarCache:
@@ -78,11 +80,13 @@ class GrammarCache:
 
         Raises RequestError for what is wrong with it, what is not supported and what is too much.
         """
-        matcher = None if spec.kind == "text" else self._matcher_of(_key_of(spec))
+        matcher, read_s = None, 0.0
+        if spec.kind != "text":
+            matcher, read_s = self._matcher_of(_key_of(spec))
         vocabulary = self._reader.vocabulary
         starts_after = tuple(text.encode() for text in spec.starts_after or () if text)
         thoughts = None if spec.thoughts is None else CompiledLimit.of(spec.thoughts, vocabulary)
-        return CompiledGrammar(matcher, vocabulary, starts_after, thoughts)
+        return CompiledGrammar(matcher, vocabulary, starts_after, thoughts, read_s)
 
     def close(self) -> None:
         """End the helper process and the thread."""
@@ -90,13 +94,15 @@ class GrammarCache:
             self._thread.shutdown(wait=False, cancel_futures=True)
         self._reader.close()
 
-    def _matcher_of(self, key: _Key) -> LLMatcher:
+    def _matcher_of(self, key: _Key) -> tuple[LLMatcher, float]:
+        """Return a matcher, and the processor time of reading it now."""
+        start_s = self._reader.cpu_s
         known = self._find(key)
         if known is None:
             known = self._read(key)
         if isinstance(known, str):
             raise RequestError(known, "response_format")
-        return known
+        return known, self._reader.cpu_s - start_s
 
     def _find(self, key: _Key) -> LLMatcher | str | None:
         with self._lock:

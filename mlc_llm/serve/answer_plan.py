@@ -16,6 +16,7 @@ from mlc_llm.errors import RequestError
 from mlc_llm.serve.model import ServedModel
 from mlc_llm.text.answers import AnswerFormats
 from mlc_llm.text.events import AnswerParser
+from mlc_llm.text.grammars.limits import TIME_LIMIT_S
 from mlc_llm.text.grammars.schema import PARAM as GRAMMAR_PARAM
 from mlc_llm.text.grammars.schema import check_schema
 from mlc_llm.text.tool_calls.grammar import call_grammar
@@ -139,13 +140,20 @@ async def check_tools(model: ServedModel, use: ToolUse) -> None:
 
     Each is compiled by itself, since what is wrong in a part of a grammar may show only when an
     answer comes to it. Compiled ones are kept, so this is quick for tools that were seen before.
+    All together may take no more time than one grammar: others wait for theirs meanwhile.
     """
     grammars = model.worker.engine.grammars
+    spent_s = 0.0
     for tool in use.callable_tools:
         if grammars is not None and (tool.strict or use.choice == "required"):
             with renamed(f"tools[{use.tools.index(tool)}].function.parameters"):
                 source = json.dumps(tool.schema, ensure_ascii=False)
-                await grammars.compile_soon(GrammarSpec("json_schema", source))
+                compiled = await grammars.compile_soon(GrammarSpec("json_schema", source))
+            spent_s += compiled.read_s
+            if spent_s > TIME_LIMIT_S:
+                raise RequestError(
+                    "the schemas of the tools take too long to read; make them simpler", "tools"
+                )
 
 
 @contextmanager

@@ -39,6 +39,7 @@ class GrammarReader:
         self._make_vocabulary = make_vocabulary
         self._vocabulary: GrammarVocabulary | None = None
         self._lock = threading.Lock()
+        self.cpu_s = 0.0  # processor time that reading has taken so far
         self._child = ChildProcess(_WORKER_PATH, ("llguidance",), MEMORY_LIMIT_BYTES)
 
     @property
@@ -103,6 +104,7 @@ class GrammarReader:
             raise RequestError(
                 "the grammar is nested too deeply or takes too much memory; make it simpler", PARAM
             ) from None
+        self.cpu_s += float(reply["cpu_s"])
         if "error" in reply:
             raise _bad_grammar(str(reply["error"]))
         return str(reply.get("lark", grammar))
