@@ -11,7 +11,7 @@ export DEMO_PROMPT
 # How long `make soak` takes.
 SOAK_SECONDS ?= 3600
 
-.PHONY: help demo demo-model test check soak judges clean
+.PHONY: help demo demo-model test check soak judges browser clean
 
 help:
 	@echo 'make demo                 chat with a small model on this CPU'
@@ -20,6 +20,7 @@ help:
 	@echo 'make check                make test, and formatting, lint and types'
 	@echo 'make soak                 load a server for an hour and watch its memory (SOAK_SECONDS=3600)'
 	@echo 'make judges               let the clients and judges of others try a server'
+	@echo 'make browser              chat in headless Chromium, also with the demo model (some minutes)'
 	@echo 'make demo-model           only fetch the demo model into the cache'
 	@echo 'make clean                remove the virtual environment (the model cache stays)'
 	@echo 'PYTHON=python3.12 chooses the interpreter (3.10 or newer) of a new environment.'
@@ -45,6 +46,9 @@ soak: $(VENV)/.installed-dev demo-model
 
 judges: $(VENV)/.installed-dev demo-model
 	@$(VENV)/bin/python scripts/judges/run.py
+
+browser: $(VENV)/.installed-dev demo-model
+	@$(VENV)/bin/python -m pytest -ra tests/browser tests/browser/demo_in_browser.py
 
 clean:
 	rm -rf $(VENV)

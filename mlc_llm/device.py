@@ -43,7 +43,8 @@ _X86_FEATURES = {
     "avxvnni": "x86-64-v3",
 }
 _ARM_FEATURES = dict.fromkeys(_ARM_EXTRAS.values(), "aarch64")
-_RISCV_FEATURES = dict.fromkeys("mafdc", "rv64")
+_RISCV = ("riscv64", dict.fromkeys("mafdc", "rv64"), "generic-rv64")  # features, LLVM's CPU
+_OTHER_LEVELS = {"rv64": _RISCV, "wasm": ("wasm32", {"simd128": "wasm"}, "generic")}
 # CPUs by LLVM's names: a level, and the features of ours that all of them have.
 _CPU_NAMES = {
     **dict.fromkeys(("nehalem", "westmere", "sandybridge", "ivybridge"), "x86-64-v2"),
@@ -66,7 +67,7 @@ _CPU_NAMES = {
         "x86-64-v4+avx512vnni+avx512bf16+avx512vbmi+avxvnni",
     ),
     **dict.fromkeys(("cortex-a53", "cortex-a57", "cortex-a72", "cortex-a73"), "aarch64"),
-    **{"a64fx": "aarch64+fullfp16", "riscv64": "rv64+m+a+f+d+c"},
+    **{"a64fx": "aarch64+fullfp16", "riscv64": "rv64+m+a+f+d+c", "wasm32": "wasm+simd128"},
     **dict.fromkeys(
         (
             *("cortex-a55", "cortex-a75", "cortex-a76", "cortex-a78", "cortex-x1"),
@@ -111,7 +112,7 @@ class TargetCPU:
     """A kind of CPU that code is made for.
 
     arch: "x86_64" or "aarch64" (or whatever the platform says). name: the LLVM CPU that stands
-    for its level. isa: level and extra features, the order is stable.
+    for its level. isa: level and extra features, in a stable order.
     """
 
     arch: str
@@ -195,8 +196,8 @@ def parse_cpu(text: str, others: Iterable[str] = ()) -> TargetCPU:
     elif level == "aarch64":
         arch, known, isa_level = "aarch64", _ARM_FEATURES, "neon"
         llvm = "apple-m1" if name.startswith("apple-") else "generic"
-    elif level == "rv64":
-        arch, known, isa_level, llvm = "riscv64", _RISCV_FEATURES, "rv64", "generic-rv64"
+    elif level in _OTHER_LEVELS:
+        (arch, known, llvm), isa_level = _OTHER_LEVELS[level], level
     else:
         raise OptionError(
             f"device {text!r} is not known; use auto or one of "

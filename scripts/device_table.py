@@ -47,6 +47,7 @@ _STATIC = "compiler/test_system_libraries.py::test_code_for_phones"
 _PHONES = "prepare/test_package.py::test_an_app_for_phones"
 _ARCHIVE = "prepare/test_package.py::test_one_archive_of_all_libraries"
 _WEB = "browser/test_web_llm.py::test_greedy_text_equals_the_cpu"
+_NODE = "browser/test_cpu_in_node.py::test_greedy_tokens_equal_the_cpu"
 _NO = Cell("no")
 
 ROWS = (
@@ -97,6 +98,14 @@ ROWS = (
         _NO,
     ),
     Row(
+        "`wasm32`",
+        "WebAssembly with 128-bit vectors, in node",
+        Cell("yes", (_NODE,)),
+        Cell("`.wasm`", (_NODE,)),
+        Cell("no: Emscripten is not there; `make browser`"),
+        Cell("yes", (_NODE,)),
+    ),
+    Row(
         "`cuda:sm_90`, ...",
         "NVIDIA GPUs",
         Cell("yes", (_CODE, "compiler/test_gpu_libraries.py::test_cuda_architectures")),
@@ -135,15 +144,20 @@ ROWS = (
         Cell("yes", (_CODE,)),
         Cell("`.wasm`", (_WEB,)),
         Cell(
-            "kernels on Vulkan; models in Chromium where Emscripten is",
+            "kernels, on Vulkan",
             (
                 "kernels/gpu/test_wgsl_kernels.py::test_product_with_quantized_weights",
                 "kernels/gpu/test_wgsl_kernels.py::test_norm_of_parts",
-                _WEB,
-                "browser/test_web_llm.py::test_quantized_text_equals_the_cpu",
             ),
         ),
-        Cell("never tried on a GPU"),
+        Cell(
+            "by `make browser`, in Chromium, whose WebGPU may compute on the CPU",
+            (
+                _WEB,
+                "browser/test_web_llm.py::test_quantized_text_equals_the_cpu",
+                "browser/test_example_page.py::test_the_page_works_without_a_network",
+            ),
+        ),
     ),
     Row(
         "`android`",

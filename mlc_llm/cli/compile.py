@@ -54,8 +54,8 @@ def compile_library(
         typer.Option(
             metavar="NAME",
             help="Device to make code for: auto, cpu, or a CPU by its level or LLVM's name, with "
-            "features after plus signs: x86-64-v3, znver4, aarch64+dotprod; webgpu, metal, opencl, "
-            "android, iphone, or cuda with an architecture: cuda:sm_90.",
+            "features after plus signs: x86-64-v3, znver4, aarch64+dotprod, wasm32; webgpu, metal, "
+            "opencl, android, iphone, or cuda with an architecture: cuda:sm_90.",
         ),
     ] = "auto",
     host: Annotated[

@@ -47,6 +47,8 @@ def describe_target(device: str, opt: str, others: Sequence[str] = ()) -> dict[s
     }
     if cpu.arch == "riscv64":
         target["mabi"] = "lp64d"
+    if cpu.arch == "wasm32":
+        target["vector-width"] = 128
     return {"target": target, "isa": [cpu.arch, *cpu.isa], "activations": activations}
 
 
@@ -172,6 +174,8 @@ def parse_opt(opt: str, device: str = "cpu") -> tuple[int, str]:
 
 def triple_of(cpu: TargetCPU) -> str:
     """Return the LLVM triple of a CPU under the system of this machine; Apple's run macOS."""
+    if cpu.arch == "wasm32":
+        return "wasm32-unknown-unknown-wasm"
     if sys.platform == "darwin" or cpu.name.startswith("apple-"):
         return f"{'arm64' if cpu.arch == 'aarch64' else cpu.arch}-apple-macosx"
     if sys.platform == "win32":

@@ -23,15 +23,17 @@ def runtime_cache() -> Path:
     return CacheHome.from_environment(dict(os.environ)).root / "wasm_runtime"
 
 
-def make_web_model(source: Path, directory: Path, quantization: str) -> None:
-    """Convert a model into a directory, with its library for browsers, `model.wasm`."""
+def make_web_model(
+    source: Path, directory: Path, quantization: str, device: str = "webgpu"
+) -> None:
+    """Convert a model into a directory, with its library as WebAssembly, `model.wasm`."""
     from mlc_llm.prepare.progress import NullProgress
     from mlc_llm.prepare.resolve import convert_weights, write_chat_config_for
 
     limits = {"context_window_size": 512}
     write_chat_config_for(source, directory, quantization=quantization, overrides=limits)
     convert_weights(source, directory, quantization=quantization, progress=NullProgress())
-    compiled = compile_for(directory, "webgpu")
+    compiled = compile_for(directory, device)
     compiled.save(directory / "model.wasm", runtime_cache(), lambda _: None)
 
 
@@ -48,11 +50,11 @@ def link_in_seconds(model: Path, path: Path) -> float:
     return sum(after[:4]) - sum(before[:4])
 
 
-def open_on_the_cpu(model: Path, library: Path) -> Any:
-    """Return a session with an artifact on this CPU; activations are exact, as in browsers."""
+def open_on_the_cpu(model: Path, library: Path, opt: str = "O2;activations=float32") -> Any:
+    """Return a session with an artifact on this CPU; activations are exact, as on GPUs."""
     from mlc_llm.engine.session import ChatSession
 
-    compile_for(model, "cpu", "O2;activations=float32").save_objects(library)
+    compile_for(model, "cpu", opt).save_objects(library)
     return ChatSession.open(model, library)
 
 

@@ -61,6 +61,7 @@ def test_the_configuration_is_written_with_the_limits_given(  # type: ignore[no-
         ("compile {m} --quantization q0f32 -o {o}/lib.so --device znver9", 2, "znver4"),
         ("compile {m} --quantization q0f32 -o {o}/lib.so --device cuda:sm_1", 2, "sm_90"),
         ("compile {m} --quantization q0f32 -o {o}/lib.so --overrides x=1", 2, "unknown key 'x'"),
+        ("compile {m} --quantization q0f32 -o {o}/l.so --system-lib-prefix a_", 2, "without a pre"),
     ],
 )
 def test_mistakes_are_explained(  # type: ignore[no-untyped-def]

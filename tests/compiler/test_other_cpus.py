@@ -53,6 +53,13 @@ ELF_AARCH64 = 183
             ["+dotprod", "+fullfp16"],
             ["aarch64", "neon", "dotprod", "fullfp16"],
         ),
+        (
+            "wasm32",
+            "wasm32-unknown-unknown-wasm",
+            "generic",
+            ["+simd128"],
+            ["wasm32", "wasm", "simd128"],
+        ),
     ],
 )
 def test_targets(name, triple, cpu, features, isa):
@@ -63,6 +70,7 @@ def test_targets(name, triple, cpu, features, isa):
             "mcpu": cpu,
             "mattr": features,
             "opt-level": 1,
+            **({"vector-width": 128} if name == "wasm32" else {}),
         },
         "isa": isa,
         "activations": "float32",

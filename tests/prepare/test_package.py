@@ -253,3 +253,6 @@ def test_options_that_cannot_be_honoured(
     entry = {"model": "HF://user/tiny", "model_id": "tiny"}
     refused = package(run, config, {"device": "webgpu", "model_list": [entry]})
     assert refused.code == 1 and "apt install emscripten" in refused.err
+    # Said before the model is looked for.
+    refused = run("compile", "nowhere", "--device", "webgpu", "--output", "model.wasm")
+    assert refused.code == 1 and "apt install emscripten" in refused.err
