@@ -29,6 +29,11 @@ _TOOLKIT = "/usr/local/cuda/bin/nvcc"
 _CALLBACK = "tvm_callback_cuda_compile"
 # Arithmetic as in TVM's own builds: short forms of powers, divisions and roots.
 _OPTIONS = ("--use_fast_math", "--ptxas-options=-v")
+_OF_KERNEL = re.compile(
+    r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads"
+    r".*?Used (\d+) registers(?:[^\n]*?(\d+) bytes smem)?",
+    re.DOTALL,
+)
 _INSTALL = (
     f"`pip install {_PACKAGE}` (58 MB; Linux and Windows), or install the CUDA toolkit, whose nvcc "
     "is looked for on the PATH"
@@ -42,6 +47,24 @@ class MachineCode:
 
     cubin: bytes
     report: str
+
+    def resources(self) -> dict[str, Resources]:
+        """Return what each kernel takes, by its name."""
+        return {
+            name: Resources(int(registers), int(stores) + int(loads), int(shared or 0))
+            for name, stores, loads, registers, shared in _OF_KERNEL.findall(self.report)
+        }
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a kernel takes: registers of a thread, bytes moved for want of them, shared memory that
+    is not asked for when it is started.
+    """
+
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
 
 
 def require_compiler(target: dict[str, Any]) -> None:
@@ -74,9 +97,14 @@ def making_machine_code(target: dict[str, Any]) -> Iterator[None]:
 def assemble(source: str, architecture: str) -> MachineCode:
     """Compile CUDA source for an architecture such as sm_90. Raises CompileError."""
     compiler = _find_compiler()
-    if compiler.stem == "nvcc":
-        return _by_nvcc(compiler, source, architecture)
-    return _by_nvrtc(compiler, source, architecture)
+    compile_source = _by_nvcc if compiler.stem == "nvcc" else _by_nvrtc
+    made = compile_source(compiler, source, architecture)
+    spilling = [name for name, taken in made.resources().items() if taken.spilled_bytes]
+    if not spilling:
+        return made
+    # Registers were spared for more blocks at a time; said that one will do, they are not.
+    bounds = rf"(__launch_bounds__\(\d+)\) ({'|'.join(spilling)})\("
+    return compile_source(compiler, re.sub(bounds, r"\1, 1) \2(", source), architecture)
 
 
 def _find_compiler() -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import shutil
 import struct
+from pathlib import Path
 
 import pytest
 import tvm_ffi
@@ -12,7 +13,13 @@ import tvm_ffi
 from mlc_llm.artifact import read_chat_config
 from mlc_llm.compiler import cuda_code
 from mlc_llm.compiler.compile import CompileOptions, compile_model
-from mlc_llm.compiler.cuda_code import assemble, making_machine_code, with_machine_code
+from mlc_llm.compiler.cuda_code import (
+    MachineCode,
+    Resources,
+    assemble,
+    making_machine_code,
+    with_machine_code,
+)
 from mlc_llm.errors import CompileError
 
 pytestmark = pytest.mark.cpu
@@ -63,7 +70,7 @@ def test_another_form_of_modules_is_refused(form) -> None:
 def test_code_for_an_architecture() -> None:
     made = assemble(KERNEL, "sm_80")
     assert made.cubin.startswith(ELF)
-    assert "twice" in made.report and "registers" in made.report
+    assert 0 < made.resources()["twice"].registers < 32
 
 
 @pytest.mark.parametrize(
@@ -96,3 +103,24 @@ class OldNvrtc:
 
     class nvrtcGetErrorString:
         restype = None
+
+
+def test_kernels_that_spill_are_given_registers(monkeypatch) -> None:
+    def compile_source(compiler: Path, source: str, architecture: str) -> MachineCode:
+        spilled = 0 if "(128, 1) slow(" in source else 16
+        return MachineCode(source.encode(), report(fast=0, slow=spilled))
+
+    def report(**spilled: int) -> str:
+        return "".join(
+            f"ptxas info : Compiling entry function '{name}' for 'sm_90'\n"
+            f"    0 bytes stack frame, {count} bytes spill stores, {count} bytes spill loads\n"
+            "ptxas info : Used 80 registers, used 1 barriers, 1024 bytes smem\n"
+            for name, count in spilled.items()
+        )
+
+    monkeypatch.setattr(cuda_code, "_find_compiler", lambda: Path("nvcc"))
+    monkeypatch.setattr(cuda_code, "_by_nvcc", compile_source)
+    kernels = "__launch_bounds__(64) fast(); __launch_bounds__(128) slow();"
+    made = assemble(kernels, "sm_90")
+    assert made.cubin.decode() == kernels.replace("(128)", "(128, 1)")
+    assert made.resources()["slow"] == Resources(80, 0, 1024)
