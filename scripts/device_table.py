@@ -22,15 +22,18 @@ class Cell(NamedTuple):
     tests: tuple[str, ...] = ()
 
 
+_NO = Cell("no")
+
+
 class Row(NamedTuple):
     """A target. In the order of the columns."""
 
     device: str
     code_for: str
     compiles: Cell
-    links: Cell
-    runs_in_ci: Cell
-    runs_on_device: Cell
+    links: Cell = _NO
+    runs_in_ci: Cell = _NO
+    runs_on_device: Cell = _NO
 
 
 COLUMNS = ("`--device`", "code for", "compiles", "links", "runs in CI", "runs on the device")
@@ -48,8 +51,6 @@ _PHONES = "prepare/test_package.py::test_an_app_for_phones"
 _ARCHIVE = "prepare/test_package.py::test_one_archive_of_all_libraries"
 _WEB = "browser/test_web_llm.py::test_greedy_text_equals_the_cpu"
 _NODE = "browser/test_cpu_in_node.py::test_greedy_tokens_equal_the_cpu"
-_NO = Cell("no")
-
 ROWS = (
     Row(
         "`cpu`, `x86-64-v3`, `znver4`, ...",
@@ -78,24 +79,18 @@ ROWS = (
         "RISC-V with doubles, on Linux",
         Cell("yes", ("compiler/test_gpu_libraries.py::test_risc_v_has_registers_for_floats",)),
         Cell("a linker is found", (_ZIG,)),
-        _NO,
-        _NO,
     ),
     Row(
         "`x86-64-v3` with `--host x86_64-pc-windows-msvc`",
         "x86-64 on Windows",
         Cell("`.tar`", (_OBJECTS,)),
         Cell("on Windows only", (_FORMS, _ZIG)),
-        _NO,
-        _NO,
     ),
     Row(
         "`apple-m1`, ...",
         "AArch64 on macOS; with `--host arm64-apple-ios` on iOS",
         Cell("`.tar`", (_OTHER_CPUS, _FORMS)),
         Cell("on a Mac only", (_OTHER_CPUS,)),
-        _NO,
-        _NO,
     ),
     Row(
         "`wasm32`",
@@ -109,34 +104,23 @@ ROWS = (
         "`cuda:sm_90`, ...",
         "NVIDIA GPUs",
         Cell("yes", (_CODE, "compiler/test_gpu_libraries.py::test_cuda_architectures")),
-        _NO,
-        _NO,
-        _NO,
     ),
     Row(
         "`metal`",
         "Apple GPUs",
         Cell("`.tar`", (_CODE,)),
         Cell("on a Mac only", (_FORMS,)),
-        _NO,
-        _NO,
     ),
-    Row("`opencl`", "OpenCL GPUs", Cell("yes", (_CODE,)), _NO, _NO, _NO),
+    Row("`opencl`", "OpenCL GPUs", Cell("yes", (_CODE,))),
     Row(
         "`rocm:gfx1100`, ...",
         "AMD GPUs",
         Cell("needs ROCm's device libraries"),
-        _NO,
-        _NO,
-        _NO,
     ),
     Row(
         "`vulkan`",
         "",
         Cell("refused: TVM's packages on PyPI are built without it", (_REFUSED,)),
-        _NO,
-        _NO,
-        _NO,
     ),
     Row(
         "`webgpu`",
@@ -164,16 +148,12 @@ ROWS = (
         "OpenCL GPUs of phones",
         Cell("`.tar`", (_STATIC, _PHONES, _HOSTS)),
         Cell("`.a`, by `package`", (_ARCHIVE,)),
-        _NO,
-        _NO,
     ),
     Row(
         "`iphone`",
         "Apple GPUs of phones",
         Cell("`.tar`", (_STATIC,)),
         Cell("`.a`, by `package`", (_ARCHIVE,)),
-        _NO,
-        _NO,
     ),
 )
 
