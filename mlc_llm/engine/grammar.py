@@ -36,7 +36,8 @@ class GrammarSpec:
 
     starts_after: texts, special tokens as the vocabulary spells them (such as "</think>"). Until
     the token that completes one of them the answer is free but may not end; the grammar holds for
-    what follows that token, after up to two line breaks. None: it holds from the first token.
+    what follows that token, after up to two line breaks if skips_lines. None: it holds from the
+    first token.
 
     continues_text: whether the answer goes on with a text of the prompt, so that a space it begins
     with is part of it.
@@ -47,5 +48,6 @@ class GrammarSpec:
     kind: GrammarKind
     source: str = ""
     starts_after: tuple[str, ...] | None = None
+    skips_lines: bool = True
     continues_text: bool = False
     thoughts: ThoughtLimit | None = None

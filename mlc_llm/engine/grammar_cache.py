@@ -138,4 +138,10 @@ class GrammarCache:
 
 def _key_of(spec: GrammarSpec) -> _Key:
     """Return what makes a difference to what is compiled."""
-    return (spec.kind, spec.source, spec.continues_text, spec.starts_after is not None)
+    has_start = spec.starts_after is not None
+    return (
+        spec.kind,
+        spec.source,
+        spec.continues_text or has_start,
+        has_start and spec.skips_lines,
+    )

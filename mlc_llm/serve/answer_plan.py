@@ -18,9 +18,13 @@ from mlc_llm.text.answers import AnswerFormats
 from mlc_llm.text.events import AnswerParser
 from mlc_llm.text.grammars.limits import TIME_LIMIT_S
 from mlc_llm.text.grammars.schema import PARAM as GRAMMAR_PARAM
-from mlc_llm.text.grammars.schema import check_schema
+from mlc_llm.text.grammars.schema import check_schema, parse_schema
+from mlc_llm.text.tool_calls import harmony
 from mlc_llm.text.tool_calls.grammar import call_grammar
 from mlc_llm.text.tool_calls.tools import ToolUse
+
+# Kinds of which a grammar of calls can be a part.
+_JSON_KINDS = ("json_object", "json_schema")
 
 
 @dataclass(frozen=True)
@@ -108,8 +112,11 @@ def _grammar_of(
     use, shape = plan.use, plan.formats.calls.shape
     schema = None
     if content is not None and use.choice != "required":
-        if not use.callable_tools and plan.formats.calls.reader != "harmony":
+        has_channels = plan.formats.calls.reader == "harmony"
+        if not use.callable_tools and not has_channels:
             return content
+        if not use.callable_tools and content.kind not in _JSON_KINDS:
+            return replace(content, starts_after=(harmony.FINAL,), skips_lines=False)
         schema = _schema_of(content)
     special = model.tokenizer.vocabulary.special_ids
     ids = {text: model.tokenizer.token_to_id(text) for text in shape.special}
@@ -126,13 +133,13 @@ def _schema_of(content: GrammarSpec) -> dict[str, Any] | bool:
     """Return the schema of answers that call no tool. Raises RequestError if there is none."""
     if content.kind == "json_object":
         return {"type": "object"}
-    if content.kind != "json_schema":
+    if content.kind not in _JSON_KINDS:
         raise RequestError(
-            f"response_format of kind {content.kind} leaves no room for calls of tools, nor for "
-            "the channels that some models answer on; use json_schema or no tools",
+            f"response_format of kind {content.kind} leaves no room for calls of tools; use "
+            "json_schema, or tool_choice 'none'",
             "response_format",
         )
-    return check_schema(json.loads(content.source))
+    return check_schema(parse_schema(content.source))
 
 
 async def check_tools(model: ServedModel, use: ToolUse) -> None:

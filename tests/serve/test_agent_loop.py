@@ -275,6 +275,24 @@ def test_response_format_holds_beside_tools() -> None:
         assert json.loads(messages[-1]["content"]) == {"ok": True}
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_other_formats_hold_on_the_final_channel(stream: bool) -> None:
+    thought = "<|channel|>analysis<|message|>Hm: no.<|end|><|start|>assistant"
+    reply = f"{thought}<|channel|>final<|message|>no way"
+    with agent_server("gpt_oss", [reply], reasoning="auto") as (client, _):
+        for wanted in (
+            {"type": "choice", "choice": ["yes", "no"]},
+            {"type": "regex", "regex": "n."},
+        ):
+            body = {"response_format": wanted}
+            message, reason = ask(client, QUESTION, stream=stream, extra_body=body)
+            assert (message["content"], reason) == ("no", "stop")
+            assert message["reasoning_content"] == "Hm: no."
+            with pytest.raises(openai.BadRequestError, match="leaves no room for calls") as caught:
+                ask(client, QUESTION, stream=stream, extra_body=body, tools=TOOLS)
+            assert caught.value.param == "response_format"
+
+
 def test_what_fails_on_the_way_names_the_field_it_is_of(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(grammar: SequenceGrammar) -> None:
         raise RequestError("the grammar takes too much work at this place", "response_format")

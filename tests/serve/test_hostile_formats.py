@@ -230,6 +230,18 @@ def test_tools_are_refused(server: Served, bystander: Bystander, name: str) -> N
     check_refusal(status, body, "tools")
 
 
+@pytest.mark.parametrize("schema", [nested(10_000), "{", json.dumps({"not": {}})])
+def test_formats_are_refused_beside_tools(
+    server: Served, bystander: Bystander, schema: str
+) -> None:
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    wanted = {"type": "json_object", "schema": schema}
+    with in_time(bystander):
+        fields = {**CHAT, "tools": tools, "response_format": wanted}
+        status, body = send(server, "/v1/chat/completions", fields)
+    check_refusal(status, body, "response_format")
+
+
 def test_other_doors_lead_to_the_same_refusals(server: Served, bystander: Bystander) -> None:
     schema = {"type": "integer", "multipleOf": 999961}
     text = {"format": {"type": "json_schema", "name": "a", "schema": schema}}

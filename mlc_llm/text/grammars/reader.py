@@ -68,7 +68,7 @@ class GrammarReader:
     ) -> LLMatcher:
         """Return a matcher before its first token; see `GrammarSpec` for the arguments.
 
-        has_gap: up to two line breaks may come before the text, which goes on after others.
+        has_gap: up to two line breaks may come before the text.
 
         Takes at most some seconds. Raises RequestError for what is wrong, unsupported or too much.
         """
@@ -76,10 +76,8 @@ class GrammarReader:
         parts = read_source(kind, source, vocabulary)
         if kind == "ebnf":
             parts[0]["lark_grammar"] = self._try(source, is_ebnf=True)
-        is_first = not (continues_text or has_gap)
-        grammar = join_parts(
-            parts, has_first_space=vocabulary.drops_first_space and is_first, has_gap=has_gap
-        )
+        has_first_space = vocabulary.drops_first_space and not continues_text
+        grammar = join_parts(parts, has_first_space=has_first_space, has_gap=has_gap)
         self._try(grammar, is_ebnf=False)
         matcher = LLMatcher(vocabulary.inner, grammar, log_level=0, limits=parser_limits())
         _check_first_token(matcher, vocabulary)

@@ -23,6 +23,7 @@ from mlc_llm.text.tool_calls.reading import (
 
 START, CHANNEL, CONSTRAIN, MESSAGE = "<|start|>", "<|channel|>", "<|constrain|>", "<|message|>"
 END, CALL, RETURN = "<|end|>", "<|call|>", "<|return|>"
+FINAL = f"{CHANNEL}final{MESSAGE}"  # what an answer to the user begins with
 SHOWN = (START, CHANNEL, CONSTRAIN, MESSAGE, END, CALL, RETURN)
 _ENDS = (END, CALL, RETURN)
 _RECIPIENT = " to="
