@@ -26,12 +26,12 @@ HERE = Path(__file__).parent
 _OPENCL = 4  # DLPack's number
 _NAME, _TOTAL_MEMORY, _AVAILABLE_MEMORY, _EXISTS = 5, 14, 15, 0
 ADD = """
-__kernel void add(__global float* x, float f, int i, long l, uint u, char c, double d) {
+__kernel void add(__global float* x, float f, int i, long l, uint u, char c) {
   size_t at = get_global_id(0);
-  if (at < 10) x[at] += f + i + (float)l + u + c + (float)d;
+  if (at < 10) x[at] += f + i + (float)l + u + c;
 }
 """
-ADD_TYPES = ("handle", "float32", "int32", "int64", "uint32", "int8", "float64")
+ADD_TYPES = ("handle", "float32", "int32", "int64", "uint32", "int8")
 
 
 @pytest.fixture(scope="module")
@@ -107,14 +107,14 @@ def test_attributes(cache) -> None:
     assert ask(_OPENCL, 99, _EXISTS) == 0
 
 
-def test_kernels_take_numbers_of_all_types(memory) -> None:
+def test_kernels_take_numbers_of_many_types(memory) -> None:
     kernel = load_kernels(library_code(ADD, {"add": ADD_TYPES})).add
     x = memory.put(np.zeros(12, np.float32))
     pointer = ctypes.c_void_p(x.data_ptr())
-    kernel(pointer, 0.5, -3, 1 << 20, (1 << 32) - 1, -100, 0.25, 3, 4)
-    total = np.float32(0.5 - 3 + (1 << 20) + 2.0**32 - 100 + 0.25)
+    kernel(pointer, 0.5, -3, 1 << 20, (1 << 32) - 1, -100, 3, 4)
+    total = np.float32(0.5 - 3 + (1 << 20) + 2.0**32 - 100)
     np.testing.assert_allclose(memory.array(x), [total] * 10 + [0, 0])
-    kernel(pointer, 1.0, 1, 1, 1, 1, 1.0, 0, 4)  # of an empty tensor
+    kernel(pointer, 1.0, 1, 1, 1, 1, 0, 4)  # of an empty tensor
     assert memory.array(x)[0] == total
 
 
@@ -126,7 +126,7 @@ def test_threads_do_not_mix_their_arguments(memory) -> None:
         function("__tvm_set_device")(_OPENCL, 0)
         pointer = ctypes.c_void_p(tensors[number].data_ptr())
         for _ in range(100):
-            kernel(pointer, float(number), 0, 0, 0, 0, 0.0, 2, 5)
+            kernel(pointer, float(number), 0, 0, 0, 0, 2, 5)
 
     with ThreadPoolExecutor(4) as threads:
         list(threads.map(work, range(4)))
@@ -177,7 +177,7 @@ def test_group_larger_than_the_device_allows(memory) -> None:
     with pytest.raises(
         DeviceError, match=r"does not run the kernel add .* 1048576 x 1 x 1 threads"
     ):
-        kernel(ctypes.c_void_p(x.data_ptr()), 0.0, 0, 0, 0, 0, 0.0, 1, 1 << 20)
+        kernel(ctypes.c_void_p(x.data_ptr()), 0.0, 0, 0, 0, 0, 1, 1 << 20)
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,6 @@ constexpr UInt kProgramBuildLog = 0x1183;
 /* What a device tells of itself. */
 constexpr UInt kComputeUnits = 0x1002;
 constexpr UInt kMaxWorkGroupSize = 0x1004;
-constexpr UInt kMaxWorkItemSizes = 0x1005;
 constexpr UInt kMaxClockFrequency = 0x100C;
 constexpr UInt kMaxAllocationBytes = 0x1010;
 constexpr UInt kGlobalCacheBytes = 0x101E;
