@@ -110,6 +110,8 @@ def translate(kernel: Any, shapes: dict[str, tuple[int, ...]]) -> list[Launch]:
     """
     symbols = {}
     for buffer in kernel.params:
+        if isinstance(buffer.elem_offset, tvm.ir.Var):
+            symbols[str(buffer.elem_offset.name)] = 0
         for extent, value in zip(buffer.shape, shapes[str(buffer.name)], strict=True):
             if isinstance(extent, tvm.ir.Var):
                 symbols[str(extent.name)] = value
