@@ -229,6 +229,13 @@ def _check_device(
     if name == "cpu":
         _check_isa(metadata, path)
         return CPU
+    triple = metadata.target["host"]["mtriple"]
+    arch = triple.partition("-")[0].replace("arm64", "aarch64")
+    if arch != host_cpu().arch or triple.endswith(("-android", "-ios")):
+        raise LibraryMismatch(
+            f"{path} was compiled for {kind} and {triple}, and is run there; compile it for a "
+            "device of this machine"
+        )
     place = wanted or Device(name)
     _require_gpu(place, path, progress)
     return place

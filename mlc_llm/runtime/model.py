@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlc_llm.artifact import LibraryMetadata
+from mlc_llm.device import Device
 from mlc_llm.errors import DeviceError
 from mlc_llm.images.inputs import ImageInputs
 from mlc_llm.runtime.gpu_memory import GPUMemory
@@ -48,7 +49,7 @@ class CompiledRunner:
         self._metadata = library.metadata
         self._num_pages = num_pages
         self._is_gpu = library.device.is_gpu
-        self._memory = GPUMemory(library.device) if self._is_gpu else HostMemory()
+        self._memory: Any = GPUMemory(library.device) if self._is_gpu else HostMemory()
         self._images = ImageInputs.from_json(self._metadata.images)
         tensors = [self._memory.put(array) for array in parameters]
         end = len(tensors) - (0 if self._images is None else self._images.num_packed)
@@ -76,8 +77,21 @@ class CompiledRunner:
             self._run_single: Any = machine["forward_single"]
             self._copy_pages: Any = machine["copy_pages"]
             self._sample: Any = _sampler_on_host(library)
+            self._try_out(library.device)
         else:
             self._sample = None if is_encoder else machine["sample"]
+
+    def _try_out(self, device: Device) -> None:
+        """Run a kernel, for which drivers make the library's code. Raises DeviceError."""
+        try:
+            self.copy_pages([0], [0])
+            self._memory.wait()
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise DeviceError(
+                f"the library does not run on {device} ({reason}); compile it again on this "
+                "machine, or use --device cpu"
+            ) from None
 
     def _make_pages(self) -> list[Any]:
         """Return the KV pages of each layer, zeros. Raises DeviceError."""

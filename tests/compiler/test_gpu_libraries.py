@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from mlc_llm import gpus, opencl
 from mlc_llm.artifact import KVCacheLayout, TensorSpec, read_chat_config
 from mlc_llm.compiler import linkers
 from mlc_llm.compiler.browser import emscripten
@@ -39,12 +40,15 @@ WEB_LLM_FUNCTIONS = (
     *("sample_with_top_p", "apply_bitmask_inplace", "apply_penalty_inplace"),
     "apply_logit_bias_inplace",
 )
-# Device -> what its code has in it.
+# What the engine calls.
+ENGINE_FUNCTIONS = ("forward", "forward_single", "copy_pages", "sample_on_host", "_metadata")
+# Device -> what its code has in it, its entries, and what is said where it is not at hand.
 CODE = {
-    "webgpu": b"@compute @workgroup_size",
-    "cuda:sm_90": b".nv.info.",  # of NVIDIA's machine code
-    "metal": b"threadgroup_position_in_grid",
-    "opencl": b"__kernel",
+    "webgpu": (b"@compute @workgroup_size", WEB_LLM_FUNCTIONS, "run in a browser, with web-llm"),
+    "android": (b"__kernel", WEB_LLM_FUNCTIONS, "opencl and aarch64-linux-android, and is run"),
+    "cuda:sm_90": (b".nv.info.", ENGINE_FUNCTIONS, "compiled for cuda: .*driver"),  # machine code
+    "metal": (b"threadgroup_position_in_grid", ENGINE_FUNCTIONS, "compiled for metal and arm64-"),
+    "opencl": (b"__kernel", ENGINE_FUNCTIONS, "compiled for opencl: OpenCL .*not installed"),
 }
 
 
@@ -57,28 +61,34 @@ def compile_for(artifact: Path, device: str, **options: Any) -> Any:
 
 
 @pytest.mark.parametrize("device", CODE)
-def test_code_is_made(tiny_models, tmp_path, device) -> None:
+def test_code_is_made(tiny_models, tmp_path, monkeypatch, device) -> None:
+    code, functions, refusal = CODE[device]
     compiled = compile_for(tiny_models.artifact("llama_gqa", "q4f16_1"), device)
     metadata = json.loads(compiled.metadata.to_json())
-    assert metadata["target"]["kind"] == device.partition(":")[0]
+    kind = {"android": "opencl"}.get(device, device.partition(":")[0])
+    assert metadata["target"]["kind"] == kind
     assert [p["name"] for p in metadata["params"]]
     assert metadata["prefill_chunk_size"] > 0
-    assert {"prefill", "decode"} <= compiled.metadata.memory_usage.keys()
+    assert set(compiled.step_entries) & compiled.metadata.memory_usage.keys()
     assert "KV cache" in compiled.memory_plan()
     path = tmp_path / "library.tar"
     compiled.save(path, tmp_path / "cache", lambda _: None)
     with tarfile.open(path) as archive:
         objects = {name: archive.extractfile(name).read() for name in archive.getnames()}
-    assert {"devc.o", "lib0.o"} == objects.keys()
-    assert CODE[device] in objects["devc.o"]
-    for name in WEB_LLM_FUNCTIONS:
-        assert name.encode() in objects["devc.o"], name
-    # The engine, which runs on CPUs, says that it is none of its own.
+    library = b"".join(objects.values())
+    assert code in library
+    for name in functions:
+        assert name.encode() in library, name
+    # Where the device is not at hand, that is what is said.
     compiled.save_objects(tmp_path / "objects")
-    with pytest.raises(
-        LibraryMismatch, match=f"compiled for {device.partition(':')[0]} and is run"
-    ):
+    monkeypatch.setattr(gpus, "_CUDA_DRIVER", "no-such-driver.so")
+    monkeypatch.setattr(opencl, "OPENCL_LIBRARY", "no-such-library.so")
+    gpus.gpus_of.cache_clear()
+    gpus._ask_cuda.cache_clear()
+    with pytest.raises((LibraryMismatch, DeviceError), match=refusal):
         load_library(tmp_path / "objects")
+    gpus.gpus_of.cache_clear()
+    gpus._ask_cuda.cache_clear()
 
 
 def test_hosts_of_gpus() -> None:
