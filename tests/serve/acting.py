@@ -10,12 +10,9 @@ from typing import Any
 import numpy as np
 from fakes import FakeRunner, Logits
 from live_server import LiveServer, live_server
+from served import model_on
 from small_tokenizers import CHATML_TOKENS, byte_level
 
-from mlc_llm.artifact import ChatConfig
-from mlc_llm.engine.engine import Engine
-from mlc_llm.engine.grammar_cache import GrammarCache
-from mlc_llm.engine.worker import EngineWorker
 from mlc_llm.serve.app import create_app
 from mlc_llm.serve.catalog import ServedModels
 from mlc_llm.serve.gate import Traffic
@@ -23,7 +20,6 @@ from mlc_llm.serve.model import ServedModel
 from mlc_llm.serve.options import AppOptions
 from mlc_llm.text.chat_template import ChatTemplate
 from mlc_llm.text.conversation import Conversation
-from mlc_llm.text.grammars.vocabulary import GrammarVocabulary
 from mlc_llm.text.prompt import PromptBuilder
 from mlc_llm.text.tokenizer import Tokenizer
 
@@ -114,22 +110,7 @@ def make_actor(script: Script) -> ServedModel:
     )
     template = ChatTemplate(TEMPLATE)
     prompts = PromptBuilder(TOKENIZER, Conversation(), template, [END], VOCAB_SIZE)
-    grammars = GrammarCache(
-        lambda: GrammarVocabulary(TOKENIZER, prompts.stop_token_ids, VOCAB_SIZE)
-    )
-    engine = Engine(runner, active_vocab_size=VOCAB_SIZE, grammars=grammars)
-    config = ChatConfig(
-        model_type="qwen3",
-        quantization="q4f16_1",
-        model_config={},
-        vocab_size=VOCAB_SIZE,
-        context_window_size=CONTEXT,
-        prefill_chunk_size=512,
-        conv_template={},
-        temperature=0.0,
-    )
-    worker = EngineWorker(engine)
-    return ServedModel(NAME, config, TOKENIZER, prompts, worker, engine.vocab_size, CONTEXT)
+    return model_on(runner, TOKENIZER, prompts, name=NAME, temperature=0.0)
 
 
 @contextmanager

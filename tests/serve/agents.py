@@ -15,12 +15,9 @@ import numpy as np
 from fakes import FakeRunner, Logits
 from live_server import live_server
 from openai import OpenAI
+from served import model_on
 from small_tokenizers import CHATML_TOKENS, byte_level
 
-from mlc_llm.artifact import ChatConfig
-from mlc_llm.engine.engine import Engine
-from mlc_llm.engine.grammar_cache import GrammarCache
-from mlc_llm.engine.worker import EngineWorker
 from mlc_llm.serve.app import create_app
 from mlc_llm.serve.catalog import ServedModels
 from mlc_llm.serve.gate import Traffic
@@ -29,7 +26,6 @@ from mlc_llm.serve.options import AppOptions
 from mlc_llm.text.answers import AnswerFormats
 from mlc_llm.text.chat_template import ChatTemplate
 from mlc_llm.text.conversation import Conversation
-from mlc_llm.text.grammars.vocabulary import GrammarVocabulary
 from mlc_llm.text.prompt import PromptBuilder
 from mlc_llm.text.tokenizer import Tokenizer
 from mlc_llm.text.tool_calls.registry import format_names, get_format
@@ -136,9 +132,6 @@ def agent_model(
 ) -> Iterator[tuple[ServedModel, ScriptedRunner]]:
     """Return a model that replies in the words of a format; its worker has not started."""
     runner = ScriptedRunner(replies, context)
-    grammars = GrammarCache(lambda: GrammarVocabulary(TOKENIZER, [END], VOCAB_SIZE))
-    engine = Engine(runner, grammars=grammars)
-    worker = EngineWorker(engine)
     jinja = None if template is None else ChatTemplate(template)
     prompts = PromptBuilder(
         TOKENIZER,
@@ -148,25 +141,13 @@ def agent_model(
         VOCAB_SIZE,
         formats=AnswerFormats.find(template, "", name, reasoning),
     )
-    config = ChatConfig(
-        model_type="llama",
-        quantization="q4f16_1",
-        model_config={},
-        vocab_size=VOCAB_SIZE,
-        context_window_size=context,
-        prefill_chunk_size=256,
-        conv_template={},
-        temperature=0.0,
-    )
-    model = ServedModel(
-        "fake", config, TOKENIZER, prompts, worker, engine.vocab_size, engine.max_sequence_len
-    )
+    model = model_on(runner, TOKENIZER, prompts, name="fake", temperature=0.0)
     try:
         yield model, runner
     finally:
         prompts.close()
-        engine.close()
-    engine.check_integrity()
+        model.worker.engine.close()
+    model.worker.engine.check_integrity()
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -31,6 +32,9 @@ from mlc_llm.text.prompt import PromptBuilder
 from mlc_llm.text.tokenizer import Tokenizer
 
 MODEL = "fake"
+JSON = {"content-type": "application/json"}
+# What no answer may show of the machine.
+INTERNALS = ("Traceback", "/work", "/usr", "site-packages", ".py", "0x7")
 TOKENIZER = Tokenizer(byte_level(), {"eos_token": "<|im_end|>"})
 VOCAB_SIZE = TOKENIZER.vocab_size
 LETTERS = [TOKENIZER.encode(letter)[0] for letter in "abcdefghijklmnopqrstuvwxyz"]
@@ -113,18 +117,32 @@ class Served:
         assert len(response.json()["choices"][0]["text"]) == 4
 
 
-def chat_config(context_window_size: int) -> ChatConfig:
-    return ChatConfig.from_json(
-        {
-            "model_type": "llama",
-            "quantization": "q4f16_1",
-            "model_config": {},
-            "vocab_size": VOCAB_SIZE,
-            "context_window_size": context_window_size,
-            "prefill_chunk_size": 64,
-            "eos_token_id": TOKENIZER.token_to_id("<|im_end|>"),
-        },
-        "test",
+def model_on(
+    runner: FakeRunner,
+    tokenizer: Tokenizer,
+    prompts: PromptBuilder,
+    *,
+    name: str = MODEL,
+    temperature: float = 1.0,
+    **worker_options: Any,
+) -> ServedModel:
+    """Return a model on a runner, its worker not yet started."""
+    size, metadata = tokenizer.vocab_size, runner.metadata
+    grammars = GrammarCache(lambda: GrammarVocabulary(tokenizer, prompts.stop_token_ids, size))
+    engine = Engine(runner, active_vocab_size=size, grammars=grammars)
+    config = ChatConfig(
+        model_type=metadata.model_type,
+        quantization=metadata.quantization,
+        model_config={},
+        vocab_size=size,
+        context_window_size=metadata.context_window_size,
+        prefill_chunk_size=metadata.prefill_chunk_size,
+        conv_template={},
+        temperature=temperature,
+    )
+    worker = EngineWorker(engine, **worker_options)
+    return ServedModel(
+        name, config, tokenizer, prompts, worker, engine.vocab_size, engine.max_sequence_len
     )
 
 
@@ -137,21 +155,8 @@ def prompt_builder() -> PromptBuilder:
 def make_model(
     runner: SlowRunner, prompts: PromptBuilder | None = None, **worker_options: Any
 ) -> ServedModel:
-    """Return a model on a runner, its worker not yet started."""
-    prompts = prompts or prompt_builder()
-    grammars = GrammarCache(
-        lambda: GrammarVocabulary(TOKENIZER, prompts.stop_token_ids, VOCAB_SIZE)
-    )
-    engine = Engine(runner, active_vocab_size=VOCAB_SIZE, grammars=grammars)
-    return ServedModel(
-        MODEL,
-        chat_config(runner.metadata.context_window_size),
-        TOKENIZER,
-        prompts,
-        EngineWorker(engine, **worker_options),
-        engine.vocab_size,
-        engine.max_sequence_len,
-    )
+    """Return a model of letters, its worker not yet started."""
+    return model_on(runner, TOKENIZER, prompts or prompt_builder(), **worker_options)
 
 
 @contextmanager
@@ -178,6 +183,21 @@ def served(
         runner.gate.set()
     model.worker.engine.check_integrity()
     model.worker.engine.close()
+
+
+@contextmanager
+def served_and_checked() -> Iterator[Served]:
+    """Serve a fake model; leaving checks that it is idle and unharmed."""
+    with served() as running:
+        yield running
+        running.wait_until_idle()
+        running.assert_works()
+
+
+def post(server: Served, path: str, body: Any) -> httpx.Response:
+    """Send bytes or text as they are, other bodies as JSON."""
+    content = body if isinstance(body, bytes | str) else json.dumps(body)
+    return server.client.post(path, content=content, headers=JSON, timeout=20)
 
 
 def make_runner(

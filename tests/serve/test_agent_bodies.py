@@ -12,7 +12,7 @@ import httpx
 import pytest
 from pydantic import BaseModel
 from random_requests import random_fields, random_value
-from served import Served, served
+from served import INTERNALS, Served, post, served_and_checked
 
 from mlc_llm.serve.protocol.anthropic import CountTokensRequest, MessagesRequest
 from mlc_llm.serve.protocol.responses import ResponseRequest
@@ -37,21 +37,12 @@ KINDS: dict[str, type[BaseModel]] = {
     COUNT: CountTokensRequest,
     RERANK: RerankRequest,
 }
-INTERNALS = ("Traceback", "/work", "/usr", "site-packages", ".py", "0x7")
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Served]:
-    with served() as running:
+    with served_and_checked() as running:
         yield running
-        running.wait_until_idle()
-        running.assert_works()
-
-
-def post(server: Served, path: str, body: Any) -> httpx.Response:
-    content = body if isinstance(body, bytes) else json.dumps(body)
-    headers = {"content-type": "application/json"}
-    return server.client.post(path, content=content, headers=headers, timeout=20)
 
 
 def assert_refused(path: str, response: httpx.Response, statuses: tuple[int, ...] = (400,)) -> str:

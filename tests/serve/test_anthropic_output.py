@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from answer_events import ANSWER
 from anthropic.types import Message, RawMessageStreamEvent
 from openai_shapes import strictly, unknown_fields
 from pydantic import TypeAdapter
@@ -12,24 +13,11 @@ from pydantic_core import from_json
 
 from mlc_llm.serve.anthropic_output import MessageWriter
 from mlc_llm.serve.protocol.anthropic_answer import AnthropicMessage, MessageUsage
-from mlc_llm.text.events import CallArguments, CallEnd, CallStart, Content, Event, Reasoning
+from mlc_llm.text.events import CallArguments, CallStart, Content, Event
 
 EVENTS: TypeAdapter[Any] = TypeAdapter(RawMessageStreamEvent)
 BEFORE = MessageUsage(input_tokens=3, cache_read_input_tokens=2, output_tokens=0)
 USAGE = MessageUsage(input_tokens=3, cache_read_input_tokens=2, output_tokens=4)
-ANSWER: list[Event] = [
-    Reasoning("h"),
-    Reasoning("m"),
-    Content("I "),
-    Content("look."),
-    CallStart(0, "call_a", "f"),
-    CallArguments(0, '{"a":'),
-    CallArguments(0, "1}"),
-    CallEnd(0),
-    CallStart(1, "call_b", "g"),
-    CallArguments(1, "{}"),
-    CallEnd(1),
-]
 
 
 def blank() -> MessageWriter:

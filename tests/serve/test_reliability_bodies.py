@@ -10,29 +10,29 @@ from typing import Any
 
 import httpx
 import pytest
-from served import MODEL, TOKENIZER, VOCAB_SIZE, Served, served
+from served import (
+    INTERNALS,
+    MODEL,
+    TOKENIZER,
+    VOCAB_SIZE,
+    Served,
+    post,
+    served,
+    served_and_checked,
+)
 
 from mlc_llm.text.chat_template import ChatTemplate
 from mlc_llm.text.conversation import Conversation
 from mlc_llm.text.prompt import PromptBuilder
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
-JSON = {"content-type": "application/json"}
 HELLO = [{"role": "user", "content": "hello"}]
-INTERNALS = ("Traceback", "/work", "/usr", "site-packages", ".py", "0x7")
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Served]:
-    with served() as running:
+    with served_and_checked() as running:
         yield running
-        running.wait_until_idle()
-        running.assert_works()
-
-
-def post(server: Served, path: str, body: Any) -> httpx.Response:
-    content = body if isinstance(body, bytes | str) else json.dumps(body)
-    return server.client.post(path, content=content, headers=JSON, timeout=20)
 
 
 def assert_refused(response: httpx.Response, status: int = 400) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from answer_events import ANSWER
 from openai.types import responses
 from openai.types.responses import ResponseStreamEvent
 from openai_shapes import strictly, unknown_fields
@@ -19,7 +20,7 @@ from mlc_llm.serve.protocol.response_events import (
     ResponseUsage,
 )
 from mlc_llm.serve.response_output import ResponseWriter
-from mlc_llm.text.events import CallArguments, CallEnd, CallStart, Content, Event, Reasoning
+from mlc_llm.text.events import CallArguments, CallStart, Content, Event
 
 EVENTS: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
 USAGE = ResponseUsage(
@@ -29,19 +30,6 @@ USAGE = ResponseUsage(
     output_tokens_details=OutputTokensDetails(reasoning_tokens=0),
     total_tokens=7,
 )
-ANSWER: list[Event] = [
-    Reasoning("h"),
-    Reasoning("m"),
-    Content("I "),
-    Content("look."),
-    CallStart(0, "call_a", "f"),
-    CallArguments(0, '{"a":'),
-    CallArguments(0, "1}"),
-    CallEnd(0),
-    CallStart(1, "call_b", "g"),
-    CallArguments(1, "{}"),
-    CallEnd(1),
-]
 
 
 def blank() -> Response:
