@@ -24,7 +24,7 @@ from mlc_llm.kernels.gpu.attention_scores import (
 # Rows of queries that a block works on at most: more do not fit in registers.
 _MAX_ROWS = 8
 # Keys that are worth a part of their own.
-_PART_KEYS = 256
+_PART_KEYS = 128
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,24 @@ def single_steps(
         return T.max((even + keys - 1) // keys * keys, grid.part_keys)
 
     @T.macro
+    def find(
+        page_table: T.handle,
+        spot: T.handle,
+        s: T.int32,
+        start: T.int32,
+        end: T.int32,
+        x: T.int32,
+        y: T.int32,
+        position: T.int32,
+    ) -> None:
+        """Note the vector in its page, and the page, of each step; the keys begin at `start`."""
+        for u in T.unroll(steps):
+            # What is past the end repeats the last key and has no weight.
+            spot[u * 2] = key_at(T.min(start + u * deep + y, end - 1), position)
+            spot[u * 2 + 1] = page_table[s, spot[u * 2] // page_size]
+            spot[u * 2] = spot[u * 2] % page_size * across + x
+
+    @T.macro
     def attend(
         q: T.handle,
         pages: T.handle,
@@ -162,13 +180,9 @@ def single_steps(
                                     "float32",
                                     q[s, T.min(first_head + r, heads - 1), x * lanes + v],
                                 )
+                        find(page_table, spot, s, begin, end, x, y, position)
                         for block in T.serial((end - begin + keys - 1) // keys):
                             start: T.let = begin + block * keys
-                            for u in T.unroll(steps):
-                                # What is past the end repeats the last key and has no weight.
-                                spot[u * 2] = key_at(T.min(start + u * deep + y, end - 1), position)
-                                spot[u * 2 + 1] = page_table[s, spot[u * 2] // page_size]
-                                spot[u * 2] = spot[u * 2] % page_size * across + x
                             for u in T.unroll(steps):
                                 page: T.let = spot[u * 2 + 1]
                                 vector: T.let = spot[u * 2]
@@ -180,6 +194,7 @@ def single_steps(
                                     v_items[u * lanes + v] = pages[
                                         page, 1, kv_head, vector * lanes + v
                                     ]
+                            find(page_table, spot, s, start + keys, end, x, y, position)
                             for r in T.unroll(rows):
                                 for u in T.unroll(steps):
                                     dot[0] = T.float32(0)
@@ -266,6 +281,7 @@ def single_steps(
                                     scratch[s, head, part, head_dim + 1] = dot[1]
                             T.tvm_storage_sync("shared")
 
+    max_parts = limits.max_parts
     merge_threads = min(limits.threads, -(-head_dim // 32) * 32)
 
     @T.macro
@@ -279,28 +295,36 @@ def single_steps(
         for s in T.thread_binding(batch, thread="blockIdx.x"):
             for head in T.thread_binding(heads, thread="blockIdx.y"):
                 for thread in T.thread_binding(merge_threads, thread="threadIdx.x"):
+                    states = T.alloc_buffer((2 * max_parts,), "float32", scope="shared")
                     best = T.alloc_buffer((3,), "float32", scope="local")
                     seen: T.let = num_seen(positions[s])
                     length: T.let = part_len(seen)
-                    count: T.let = T.truncdiv(seen + length - 1, length)
-                    if count > 1:
+                    if seen > length:
+                        for i in T.unroll((max_parts + merge_threads - 1) // merge_threads):
+                            p: T.let = i * merge_threads + thread
+                            if p < max_parts:
+                                states[2 * p] = T.float32(MASKED)
+                                states[2 * p + 1] = T.float32(0)
+                                if p * length < seen:
+                                    states[2 * p] = scratch[s, head, p, head_dim]
+                                    states[2 * p + 1] = scratch[s, head, p, head_dim + 1]
+                        T.tvm_storage_sync("shared")
                         best[0] = T.float32(MASKED)
-                        for p in T.serial(count):
-                            best[0] = T.max(best[0], scratch[s, head, p, head_dim])
+                        for p in T.unroll(max_parts):
+                            best[0] = T.max(best[0], states[2 * p])
                         best[1] = T.float32(0)
-                        for p in T.serial(count):
-                            best[1] = best[1] + scratch[s, head, p, head_dim + 1] * T.exp2(
-                                scratch[s, head, p, head_dim] - best[0]
-                            )
+                        for p in T.unroll(max_parts):
+                            best[1] = best[1] + states[2 * p + 1] * T.exp2(states[2 * p] - best[0])
                         best[1] = with_sink(best[1], best[0], sink_logits, head, sink_dtype)
                         for i in T.unroll((head_dim + merge_threads - 1) // merge_threads):
                             d: T.let = i * merge_threads + thread
                             if d < head_dim:
                                 best[2] = T.float32(0)
-                                for p in T.serial(count):
-                                    best[2] = best[2] + scratch[s, head, p, d] * T.exp2(
-                                        scratch[s, head, p, head_dim] - best[0]
-                                    )
+                                for p in T.unroll(max_parts):
+                                    if p * length < seen:
+                                        best[2] = best[2] + scratch[s, head, p, d] * T.exp2(
+                                            states[2 * p] - best[0]
+                                        )
                                 out[s, head * head_dim + d] = T.Cast(dtype, best[2] / best[1])
 
     return attend, merge

@@ -52,7 +52,7 @@ class TileGrid:
     @property
     def row_step(self) -> int:
         """Return the rows of a thread."""
-        return min(4, self.rows)
+        return 4 if self.vectors * self.lanes <= 16 else 2
 
     @property
     def threads(self) -> int:
@@ -157,7 +157,7 @@ def tile_steps(
                     partial = T.alloc_buffer((rows * _ACROSS,), "float32", scope="shared")
                     q_items = T.alloc_buffer((row_step * lanes,), dtype, scope="local")
                     kv_items = T.alloc_buffer((key_step * lanes,), kv_dtype, scope="local")
-                    v_items = T.alloc_buffer((vectors * lanes,), kv_dtype, scope="local")
+                    v_items = T.alloc_buffer((lanes,), kv_dtype, scope="local")
                     score = T.alloc_buffer((row_step * key_step,), "float32", scope="local")
                     acc = T.alloc_buffer((row_step * vectors * lanes,), "float32", scope="local")
                     state = T.alloc_buffer((row_step * 2,), "float32", scope="local")
@@ -290,18 +290,18 @@ def tile_steps(
                                 for u in T.unroll(_KEYS):
                                     for c in T.unroll(vectors):
                                         for v in T.vectorized(lanes):
-                                            v_items[c * lanes + v] = block_items[
+                                            v_items[v] = block_items[
                                                 (j * _KEYS + u) * kv_stride
                                                 + (c * _ACROSS + x) * lanes
                                                 + v
                                             ]
-                                    for i in T.unroll(row_step):
-                                        for v in T.unroll(vectors * lanes):
-                                            acc[i * vectors * lanes + v] = acc[
-                                                i * vectors * lanes + v
-                                            ] + p_items[i * _KEYS + u] * T.Cast(
-                                                "float32", v_items[v]
-                                            )
+                                        for i in T.unroll(row_step):
+                                            for v in T.unroll(lanes):
+                                                acc[(i * vectors + c) * lanes + v] = acc[
+                                                    (i * vectors + c) * lanes + v
+                                                ] + p_items[i * _KEYS + u] * T.Cast(
+                                                    "float32", v_items[v]
+                                                )
                         T.tvm_storage_sync("shared")
                         for i in T.unroll(row_step):
                             partial[(i * deep + y) * _ACROSS + x] = state[i * 2 + 1]

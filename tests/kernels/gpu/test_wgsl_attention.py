@@ -39,8 +39,8 @@ SHAPES = {
 }
 # (context, new tokens) of each sequence: chunks that begin inside pages, single tokens beside.
 RAGGED = [(5, 5), (130, 1), (70, 37), (64, 64), (17, 3), (65, 2), (290, 5)]
-# Up to 256 keys are one part, up to 1024 are parts of 256, then four parts grow.
-SINGLE = [(length, 1) for length in (1, 16, 17, 65, 255, 256, 257, 520, 1300)]
+# Up to 128 keys are one part, up to 512 are parts of 128, then four parts grow.
+SINGLE = [(length, 1) for length in (1, 16, 17, 65, 127, 128, 129, 300, 700)]
 
 
 class Step:
