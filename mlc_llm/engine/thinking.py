@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlc_llm.engine.grammar import ThoughtLimit
+from mlc_llm.errors import RequestError
 from mlc_llm.text.grammars.vocabulary import GrammarVocabulary
 
 
@@ -33,8 +34,15 @@ class CompiledLimit:
 
     @classmethod
     def of(cls, limit: ThoughtLimit, vocabulary: GrammarVocabulary) -> CompiledLimit:
-        """Read a limit."""
+        """Read a limit. Raises RequestError where no tokens are the end of thoughts."""
         marks = limit.marks
+        closing = vocabulary.encode_marked(marks.closing)
+        if b"".join(map(vocabulary.bytes_of, closing)) != marks.closing.encode():
+            raise RequestError(
+                f"this model has no tokens for {marks.closing!r}, which would end its thoughts; "
+                "ask without a budget for them",
+                "thinking_token_budget",
+            )
         barred = vocabulary.ids_that_begin(marks.begin) if marks.recurs else []
         return cls(
             limit.max_tokens,
@@ -43,7 +51,7 @@ class CompiledLimit:
             marks.lead.encode(),
             (marks.lead + marks.begin).encode(),
             tuple(end.encode() for end in marks.ends),
-            tuple(vocabulary.encode_marked(marks.closing)),
+            tuple(closing),
             np.asarray(barred, np.int64),
         )
 

@@ -20,6 +20,8 @@ from mlc_llm.engine.grammar import GrammarSpec, ThoughtLimit
 from mlc_llm.engine.grammar_cache import GrammarCache
 from mlc_llm.engine.request import Request
 from mlc_llm.engine.sampling import SamplingParams
+from mlc_llm.engine.thinking import CompiledLimit
+from mlc_llm.errors import RequestError
 from mlc_llm.text.answers import AnswerFormats
 from mlc_llm.text.grammars.vocabulary import GrammarVocabulary
 from mlc_llm.text.tokenizer import Tokenizer
@@ -159,6 +161,20 @@ def test_thoughts_that_end_by_themselves_are_as_without_a_limit(model: Model) ->
     expected = model.say(None, "hello")
     assert expected[0].startswith("he<think>")
     assert model.say(limited(FREE, 3), "hello") == expected
+
+
+def test_ends_that_nothing_spells_are_refused(model: Model) -> None:
+    form = formats("hermes")
+    assert form.thought_marks is not None
+    limit = ThoughtLimit(3, replace(form.thought_marks, closing="\N{SNOWMAN}"))
+    vocabulary = GrammarVocabulary(model.tokenizer, [model.end], model.size)
+    assert len(CompiledLimit.of(limit, vocabulary).closing) == 3
+    # Without single bytes:
+    vocabulary._bytes = [b"" if len(word) == 1 else word for word in vocabulary._bytes]
+    vars(vocabulary).pop("_ids_by_bytes", None)
+    with pytest.raises(RequestError, match="has no tokens for") as caught:
+        CompiledLimit.of(limit, vocabulary)
+    assert caught.value.param == "thinking_token_budget"
 
 
 def test_the_end_costs_one_step(model: Model) -> None:
