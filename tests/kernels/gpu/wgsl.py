@@ -18,6 +18,7 @@ from mlc_llm.compiler.gpu import schedule_rules
 from mlc_llm.compiler.target import describe_any_target
 
 _BINDING = re.compile(r"@binding\((\d+)\) var<storage, read(?:_write)?> (\w+?)_ptr")
+_THREADS = {"threadIdx.x", "threadIdx.y", "threadIdx.z"}
 _MAX_GROUPS = 65535
 
 
@@ -141,7 +142,7 @@ def _launches(host: str, symbols: dict[str, int]) -> list[tuple[str, tuple[int, 
         numbers = [value for value in given if value is not None]
         count = len(launch_params)
         launch = dict(zip(launch_params, numbers[-count:], strict=True))
-        assert launch.keys() <= {"blockIdx.x", "blockIdx.y", "threadIdx.x", "threadIdx.y"}
+        assert launch.keys() - {"blockIdx.x", "blockIdx.y"} <= _THREADS
         groups = launch["blockIdx.x"], launch.get("blockIdx.y", 1)
         found.append((name, groups, numbers[:-count]))
 
