@@ -24,6 +24,7 @@ import tvm_ffi
 from mlc_llm.errors import CompileError
 
 _PACKAGE = "nvidia-cuda-nvrtc"
+_WITH_HEADERS = "13.3"  # the first release that brings the headers that kernels include
 _LIBRARY = re.compile(r"(lib)?nvrtc(64_\d+_0)?\.(so\.\d+|dll)")
 _TOOLKIT = "/usr/local/cuda/bin/nvcc"
 _CALLBACK = "tvm_callback_cuda_compile"
@@ -145,7 +146,9 @@ def _by_nvrtc(library: Path, source: str, architecture: str) -> MachineCode:
     nvrtc = ctypes.CDLL(str(library))
     nvrtc.nvrtcGetErrorString.restype = ctypes.c_char_p
     if not hasattr(nvrtc, "nvrtcInstallBundledHeaders"):
-        raise CompileError(f"{library} is too old; `pip install --upgrade {_PACKAGE}`")
+        raise CompileError(
+            f"{library} is too old, it has no headers; `pip install '{_PACKAGE}>={_WITH_HEADERS}'`"
+        )
 
     def check(code: int, what: str) -> None:
         if code:
