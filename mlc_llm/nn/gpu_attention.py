@@ -46,8 +46,8 @@ def rope_and_write(
     """
     if shape.is_int8:
         raise UnsupportedModel(
-            "its keys and values are int8, which GPU kernels do not read; compile it for a GPU "
-            "without --kv-cache-dtype int8"
+            "its keys and values are to be int8, which GPU kernels do not read yet; compile it "
+            "without kv_cache_dtype=int8"
         )
     q = nn.Tensor.placeholder([qkv.shape[0], shape.num_heads, shape.head_dim], qkv.dtype)
     out = [nn.Tensor.placeholder(pages.shape, pages.dtype), q]

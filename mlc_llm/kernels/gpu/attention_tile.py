@@ -13,6 +13,7 @@ from typing import Any
 
 from tvm.script import tirx as T
 
+from mlc_llm.errors import UnsupportedModel
 from mlc_llm.kernels.cpu.attention_pages import AttentionShape
 from mlc_llm.kernels.gpu.attention_pages import first_key, is_visible
 from mlc_llm.kernels.gpu.attention_scores import (
@@ -26,6 +27,7 @@ from mlc_llm.kernels.gpu.attention_scores import (
 # Rows and keys of a block, the best first: those that fit in shared memory are taken.
 _SIZES = ((64, 32), (32, 32), (32, 16), (32, 8), (16, 16), (16, 8), (8, 8), (4, 8))
 _ACROSS = 8  # threads that share a row
+_MAX_LOADS = 8  # vectors of a block that a thread loads: more do not fit in registers
 _KEYS = 4  # whose weights a thread loads at once
 
 
@@ -72,20 +74,29 @@ class TileGrid:
 
 
 def tile_grid(shape: AttentionShape, dtype: str, limits: BlockLimits) -> TileGrid:
-    """Return the layout for a shape: the largest that fits."""
+    """Return the layout for a shape: the largest that fits. Raises UnsupportedModel."""
     head_dim = shape.head_dim
     lanes = min(limits.lanes(name, head_dim) for name in (dtype, shape.kv_dtype))
     if head_dim % (lanes * _ACROSS):
         lanes = math.gcd(4, head_dim)
     vectors = -(-head_dim // (lanes * _ACROSS))
+    fitting = []
     for rows, keys in _SIZES:
         head_blocks = -(-shape.group // rows)
         heads = -(-shape.group // head_blocks)
         kv_stride = max(head_dim, vectors * lanes * _ACROSS) + lanes
         grid = TileGrid(rows, keys, heads, head_blocks, lanes, vectors, head_dim + lanes, kv_stride)
         if grid.shared_bytes(dtype, shape.kv_dtype) <= limits.shared_bytes:
-            break
-    return grid
+            fitting.append(grid)
+    if not fitting:
+        raise UnsupportedModel(
+            f"its heads of {head_dim} items do not fit in the {limits.shared_bytes >> 10} KiB that "
+            "threads of this kind of GPU share; compile it for another"
+        )
+    few_loads = (
+        grid for grid in fitting if grid.keys * head_dim <= _MAX_LOADS * lanes * grid.threads
+    )
+    return next(few_loads, fitting[0])
 
 
 def tile_steps(

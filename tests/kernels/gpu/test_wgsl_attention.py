@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 from typing import Any
 
 import numpy as np
 import pytest
+from tvm.relax.frontend import nn
+from wgsl import translate
 
+from mlc_llm.errors import UnsupportedModel
 from mlc_llm.kernels.cpu.attention_pages import AttentionShape
 from mlc_llm.kernels.gpu.attention import paged_attention
 from mlc_llm.kernels.gpu.attention_pages import copy_pages, rope_and_write, write
 from mlc_llm.kernels.gpu.attention_scores import BlockLimits
+from mlc_llm.kernels.gpu.attention_tile import tile_grid
 from mlc_llm.kernels.gpu.rope import rope_table
+from mlc_llm.nn import gpu_attention
 
 PAGE = 16
 TOLERANCE = {"float32": 2e-5, "float16": 4e-3}
@@ -31,7 +37,6 @@ SHAPES = {
     "float32 beside float16 pages, alibi": AttentionShape(
         6, 3, 32, PAGE, "float16", 0.2, -1, alibi=True
     ),
-    "window and sinks": dataclasses.replace(GQA, window=24, sinks=4),
     "groups larger than a block, sinks over blocks": AttentionShape(
         36, 1, 8, PAGE, "float32", 0.25, 3, sinks=67
     ),
@@ -149,10 +154,43 @@ def test_attention(webgpu, shape, work) -> None:
 
 
 @pytest.mark.parametrize("work", [RAGGED, SINGLE], ids=["ragged", "single"])
-def test_sink_logits(webgpu, work) -> None:
+def test_sink_logits_and_first_tokens(webgpu, work) -> None:
     # Some take nothing, some everything.
     logits = np.array([-200, 3, 200, 0, -1, 2, 1, 5], np.float32)
-    check(webgpu, Step(dataclasses.replace(GQA, window=70), work, "float32"), logits)
+    check(webgpu, Step(dataclasses.replace(GQA, window=24, sinks=4), work, "float32"), logits)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "dtype"), [(64, "float16"), (128, "float16"), (256, "float32")]
+)
+def test_blocks_fit_in_shared_memory(head_dim, dtype) -> None:
+    shape = AttentionShape(8, 1, head_dim, PAGE, dtype, 1.0, -1)
+    launches = translate(
+        paged_attention(shape, dtype, None, LIMITS),
+        {
+            **{"q": (3, 8, head_dim), "pages": (9, 2, 1, PAGE * head_dim), "query_start": (3,)},
+            **{"page_table": (2, 5), "positions": (3,), "out": (3, 8 * head_dim)},
+            "scratch": (2, 8, LIMITS.max_parts, head_dim + 2),
+        },
+    )
+    for launch in launches:
+        arrays = re.findall(
+            r"var<workgroup> \w+ : array<(?:vec(\d)<)?f(\d+)>?, (\d+)>", launch.source
+        )
+        assert arrays
+        sizes = [int(lanes or 1) * int(bits) // 8 * int(n) for lanes, bits, n in arrays]
+        assert sum(sizes) <= 16384, (launch.name, arrays)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    with pytest.raises(UnsupportedModel, match="heads of 1024 items do not fit in the 16 KiB"):
+        tile_grid(AttentionShape(8, 1, 1024, PAGE, "float32", 1.0, -1), "float32", LIMITS)
+    qkv, pages = nn.Tensor.placeholder((3, 192), "float32"), nn.Tensor.placeholder((3,), "int8")
+    slots = nn.Tensor.placeholder((3,), "int32")
+    with pytest.raises(UnsupportedModel, match="kv_cache_dtype=int8"):
+        gpu_attention.rope_and_write(
+            qkv, None, slots, pages, dataclasses.replace(GQA, kv_dtype="int8")
+        )
 
 
 def test_tokens_do_not_depend_on_what_is_beside_them(webgpu) -> None:
