@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
+import seeing
 from image_models import (
     CASES,
     CHAT_IMAGES,
@@ -18,34 +20,19 @@ from image_models import (
     data_url,
     load_reference,
 )
-from live_server import live_server
+from seeing import GREEDY, client_of, open_case, served_as, text
 
 from mlc_llm.api import MLCEngine
-from mlc_llm.engine.config import EngineConfig
-from mlc_llm.engine.open import OpenModel, open_model
+from mlc_llm.engine.open import OpenModel
 from mlc_llm.engine.request import Request
 from mlc_llm.engine.sampling import SamplingParams
 from mlc_llm.engine.session import ChatSession
-from mlc_llm.engine.worker import EngineWorker
 from mlc_llm.errors import RequestError
-from mlc_llm.serve.app import create_app
 from mlc_llm.serve.catalog import ServedModels
-from mlc_llm.serve.gate import Traffic
-from mlc_llm.serve.model import ServedModel
-from mlc_llm.serve.options import AppOptions
 
 pytestmark = pytest.mark.cpu
 
-GREEDY = {"temperature": 0, "max_tokens": 20}
-
-
-def part(image: str) -> dict[str, Any]:
-    return {"type": "image_url", "image_url": {"url": data_url(image), "detail": "auto"}}
-
-
-def text(content: str) -> dict[str, Any]:
-    return {"type": "text", "text": content}
-
+part = partial(seeing.part, detail="auto")
 
 # The reference's chat.
 MESSAGES: list[dict[str, Any]] = [
@@ -54,10 +41,6 @@ MESSAGES: list[dict[str, Any]] = [
     {"role": "assistant", "content": "two things"},
     {"role": "user", "content": [text("and that?"), part("wide.png")]},
 ]
-
-
-def open_case(models: ImageModels, name: str) -> OpenModel:
-    return open_model(models.artifact(name), models.library(name), EngineConfig())
 
 
 @pytest.fixture(scope="module")
@@ -69,19 +52,14 @@ def opened(image_models: ImageModels) -> Iterator[OpenModel]:
 
 @pytest.fixture
 def served(opened: OpenModel) -> Iterator[ServedModels]:
-    worker = EngineWorker(opened.engine)
-    yield ServedModels(ServedModel.of("see", opened, worker), None)
-    worker.stop()
+    with served_as("see", opened) as models:
+        yield models
 
 
 @pytest.fixture
 def client(served: ServedModels) -> Iterator[httpx.Client]:
-    assert served.chat is not None
-    traffic = Traffic()
-    app = create_app(served, AppOptions(), traffic)
-    with live_server(app, [served.chat.worker], traffic) as server:
-        with httpx.Client(base_url=server.url, timeout=60) as client:
-            yield client
+    with client_of(served) as client:
+        yield client
 
 
 def answer_of(case: str, opened: OpenModel) -> str:

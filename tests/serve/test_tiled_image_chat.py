@@ -11,34 +11,18 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from image_models import TILED_CASES, TILED_IMAGES, ImageModels, data_url, load_tiled_reference
-from live_server import live_server
+from image_models import TILED_CASES, TILED_IMAGES, ImageModels, load_tiled_reference
+from seeing import GREEDY, client_of, open_case, part, served_as, text
 
 from mlc_llm.api import MLCEngine
 from mlc_llm.engine.config import EngineConfig
 from mlc_llm.engine.open import OpenModel, open_model
 from mlc_llm.engine.request import Request
 from mlc_llm.engine.sampling import SamplingParams
-from mlc_llm.engine.worker import EngineWorker
 from mlc_llm.errors import LibraryMismatch
-from mlc_llm.serve.app import create_app
 from mlc_llm.serve.catalog import ServedModels
-from mlc_llm.serve.gate import Traffic
-from mlc_llm.serve.model import ServedModel
-from mlc_llm.serve.options import AppOptions
 
 pytestmark = pytest.mark.cpu
-
-GREEDY = {"temperature": 0, "max_tokens": 20}
-
-
-def part(image: str) -> dict[str, Any]:
-    return {"type": "image_url", "image_url": {"url": data_url(image)}}
-
-
-def text(content: str) -> dict[str, Any]:
-    return {"type": "text", "text": content}
-
 
 # The reference's chat: a wide image and a high one, of different numbers of tiles.
 MESSAGES: list[dict[str, Any]] = [
@@ -47,10 +31,6 @@ MESSAGES: list[dict[str, Any]] = [
     {"role": "assistant", "content": "two"},
     {"role": "user", "content": [text("and"), part("strip.png")]},
 ]
-
-
-def open_case(models: ImageModels, name: str) -> OpenModel:
-    return open_model(models.artifact(name), models.library(name), EngineConfig())
 
 
 @pytest.mark.parametrize("name", TILED_CASES)
@@ -100,19 +80,14 @@ def opened(image_models: ImageModels) -> Iterator[OpenModel]:
 
 @pytest.fixture
 def served(opened: OpenModel) -> Iterator[ServedModels]:
-    worker = EngineWorker(opened.engine)
-    yield ServedModels(ServedModel.of("see", opened, worker), None)
-    worker.stop()
+    with served_as("see", opened) as models:
+        yield models
 
 
 @pytest.fixture
 def client(served: ServedModels) -> Iterator[httpx.Client]:
-    assert served.chat is not None
-    traffic = Traffic()
-    app = create_app(served, AppOptions(), traffic)
-    with live_server(app, [served.chat.worker], traffic) as server:
-        with httpx.Client(base_url=server.url, timeout=60) as client:
-            yield client
+    with client_of(served) as client:
+        yield client
 
 
 def test_python_engine_answers_as_the_reference(opened: OpenModel, served: ServedModels) -> None:
