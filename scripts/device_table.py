@@ -50,7 +50,7 @@ _STATIC = "compiler/test_system_libraries.py::test_code_for_phones"
 _PHONES = "prepare/test_package.py::test_an_app_for_phones"
 _ARCHIVE = "prepare/test_package.py::test_one_archive_of_all_libraries"
 _WEB = "browser/test_web_llm.py::test_greedy_text_equals_the_cpu"
-_NODE = "browser/test_cpu_in_node.py::test_greedy_tokens_equal_the_cpu"
+_NODE = "browser/test_cpu_in_node.py::test_greedy_text_equals_the_cpu"
 ROWS = (
     Row(
         "`cpu`, `x86-64-v3`, `znver4`, ...",
