@@ -51,6 +51,9 @@ _PHONES = "prepare/test_package.py::test_an_app_for_phones"
 _ARCHIVE = "prepare/test_package.py::test_one_archive_of_all_libraries"
 _WEB = "browser/test_web_llm.py::test_greedy_text_equals_the_cpu"
 _NODE = "browser/test_cpu_in_node.py::test_greedy_text_equals_the_cpu"
+_CUDA = "kernels/gpu/test_cuda_machine_code.py::test_kernels_of_models_fit"
+_GPU = "models/test_gpu_forward.py::test_logits_equal_the_reference"
+_ON_GPU = Cell("where there is one", (_GPU,))
 ROWS = (
     Row(
         "`cpu`, `x86-64-v3`, `znver4`, ...",
@@ -104,14 +107,26 @@ ROWS = (
         "`cuda:sm_90`, ...",
         "NVIDIA GPUs",
         Cell("yes", (_CODE, "compiler/test_gpu_libraries.py::test_cuda_architectures")),
+        _NO,
+        Cell("registers and spills of its machine code", (_CUDA,)),
+        _ON_GPU,
     ),
     Row(
         "`metal`",
         "Apple GPUs",
         Cell("`.tar`", (_CODE,)),
         Cell("on a Mac only", (_FORMS,)),
+        _NO,
+        _ON_GPU,
     ),
-    Row("`opencl`", "OpenCL GPUs", Cell("yes", (_CODE,))),
+    Row(
+        "`opencl`",
+        "OpenCL GPUs",
+        Cell("yes", (_CODE,)),
+        Cell("`.so`", ("models/test_gpu_forward.py::test_a_linked_library_runs",)),
+        Cell("on a CPU, by pocl", (_GPU,)),
+        _ON_GPU,
+    ),
     Row(
         "`rocm:gfx1100`, ...",
         "AMD GPUs",

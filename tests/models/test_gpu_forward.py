@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import closing
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,20 +17,24 @@ from paged_sequence import PagedSequence
 from reference_cases import get_case
 from tiny_models import NUM_PAGES, PAGE_SIZE, TinyModels, relative_error, run_step
 
-from mlc_llm.errors import DeviceError
+from mlc_llm.artifact import read_chat_config
+from mlc_llm.compiler.compile import CompileOptions, compile_model
+from mlc_llm.errors import DeviceError, LibraryMismatch
 from mlc_llm.gpus import GPU_KINDS, gpus_of
+from mlc_llm.runtime.library import load_library
+from mlc_llm.runtime.model import CompiledRunner
 from mlc_llm.runtime.pages import PagePool
+from mlc_llm.runtime.parameters import load_parameters
 from mlc_llm.runtime.runner import ModelRunner, SampleRows
 
 pytestmark = pytest.mark.cpu
 
 # Families of different layers: windows, biases, soft-caps, norms of heads, partial rotation ...
 FLOAT_CASES = [
-    *("llama_gqa", "mistral_sliding_window", "qwen2_gqa", "qwen3", "gemma2", "gemma3_text"),
-    *("gpt_neox", "phi3_longrope", "llama_odd_sizes", "stablelm"),
+    *("llama_gqa", "mistral_sliding_window", "qwen3", "gemma2", "gpt_neox", "llama_odd_sizes"),
 ]
 # Scheme -> the norm of what the device's numbers may lose against a CPU's float32.
-SCHEMES = {"q0f16": 5e-3, "q4f16_1": 5e-3, "q4f32_1": 1e-4, "q3f16_1": 5e-3}
+SCHEMES = {"q0f16": 5e-3, "q4f16_1": 5e-3, "q4f32_1": 1e-4}
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +90,12 @@ def test_quantized_is_what_a_cpu_computes(
 ) -> None:
     prompt = get_case("llama_gqa").load().token_ids.tolist()
     expected = OnGPU(tiny_models.runner("llama_gqa", quantization), prompt).logits_of(len(prompt))
-    with closing(tiny_models.gpu_runner("llama_gqa", quantization, device)) as runner:
+    try:
+        made = tiny_models.gpu_runner("llama_gqa", quantization, device)
+    except DeviceError as error:
+        assert "does not compute in float16" in str(error)
+        pytest.skip(str(error))
+    with closing(made) as runner:
         model = OnGPU(runner, prompt)
         assert relative_error(model.logits_of(len(prompt)), expected) < limit
         assert relative_error(model.logits_of(1), expected) < limit
@@ -127,3 +137,18 @@ def test_tokens_are_chosen(llama: OnGPU) -> None:
         uniform=np.full(count, 0.5),
     )
     np.testing.assert_array_equal(llama.runner.sample(logits, greedy), logits.argmax(-1))
+
+
+def test_a_linked_library_runs(tiny_models: TinyModels, device: str, tmp_path: Path) -> None:
+    reference = get_case("llama_gqa").load()
+    artifact, path = tiny_models.artifact("llama_gqa"), tmp_path / "library.so"
+    compiled = compile_model(read_chat_config(artifact), CompileOptions(device), lambda _: None)
+    compiled.save(path, tmp_path, lambda _: None)
+    loaded = load_library(path)  # it says itself what it is for
+    assert str(loaded.device) == device
+    parameters = load_parameters(artifact, loaded, lambda _: None)
+    with closing(CompiledRunner(loaded, parameters, NUM_PAGES)) as runner:
+        model = OnGPU(runner, reference.token_ids.tolist())
+        assert relative_error(model.logits_of(len(model.prompt)), reference.logits) < 1e-4
+    with pytest.raises(LibraryMismatch, match=r"compiled for .*, the device is cpu:0"):
+        load_library(path, "cpu")
