@@ -68,6 +68,10 @@ class ServedModels:
             return vectors
         if name is not None and (chat is None or name != chat.name):
             raise self._unknown(name)
+        if vectors is not None:
+            raise UnknownModel(
+                f"the model {name!r} does not put documents in order; ask {vectors.name!r} to"
+            )
         raise UnknownModel(
             "this server has no model that puts documents in order; start it with "
             "--embedding-model, or with a reranker (and --model-task rerank where its files do not "

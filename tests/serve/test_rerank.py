@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -15,6 +16,7 @@ from test_app_embeddings import VECTORS, make_config
 
 from mlc_llm.engine.embedding import EmbeddingModel
 from mlc_llm.engine.encoder import Encoder, pages_for_encoding
+from mlc_llm.errors import UnknownModel
 from mlc_llm.serve.app import create_app
 from mlc_llm.serve.catalog import ServedModels
 from mlc_llm.serve.gate import Traffic
@@ -116,6 +118,30 @@ def test_what_is_wrong_is_named(client: httpx.Client, fields: dict[str, Any], pa
     response = client.post(PATH, json=body)
     assert response.status_code == 400
     assert response.json()["error"]["param"] == param
+
+
+@pytest.mark.parametrize(
+    ("ranks", "name", "found"),
+    [
+        (True, None, "chat"),
+        (True, "chat", "chat"),
+        (True, "vectors", "vectors"),
+        (False, None, "vectors"),
+        (False, "vectors", "vectors"),
+        (False, "chat", "'chat' does not put documents in order; ask 'vectors' to"),
+        (True, "other", "'other' is not served here"),
+        (False, "other", "'other' is not served here"),
+    ],
+)
+def test_which_model_is_asked(ranks: bool, name: str | None, found: str) -> None:
+    chat: Any = SimpleNamespace(name="chat", ranking=object() if ranks else None)
+    vectors: Any = SimpleNamespace(name="vectors")
+    models = ServedModels(chat, vectors)
+    if " " not in found:
+        assert models.find_reranker(name).name == found
+        return
+    with pytest.raises(UnknownModel, match=found):
+        models.find_reranker(name)
 
 
 def test_other_models_do_not_rerank(client: httpx.Client) -> None:
