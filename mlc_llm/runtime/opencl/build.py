@@ -26,7 +26,7 @@ _FLAGS = ("-std=c++17", "-O2", "-fPIC", "-shared", "-fvisibility=hidden")
 _PACKAGES = {"tvm": "apache-tvm", "tvm_ffi": "apache-tvm-ffi"}
 # TVM's other symbols are found when the library is loaded.
 _SYSTEM_FLAGS = {"darwin": ("-undefined", "dynamic_lookup"), "linux": ("-Wl,-Bsymbolic", "-ldl")}
-_TIMEOUT_S = 600
+_TIMEOUT_S = 1800
 _SHOWN_LINES = 5
 
 
@@ -44,7 +44,7 @@ def build_runtime(cache: Path, progress: Callable[[str], None]) -> Path:
     if path.is_file():
         return path
     compilers = _find_compilers()
-    progress("building the OpenCL runtime: up to a minute, once")
+    progress("building the OpenCL runtime: a minute or two, once")
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="building-", dir=cache) as directory:
         built = Path(directory) / path.name
