@@ -114,20 +114,19 @@ def single_steps(
     @T.macro
     def find(
         page_table: T.handle,
-        spot: T.handle,
+        page_of: T.handle,
         s: T.int32,
         start: T.int32,
         end: T.int32,
-        x: T.int32,
         y: T.int32,
         position: T.int32,
     ) -> None:
-        """Note the vector in its page, and the page, of each step; the keys begin at `start`."""
+        """Note the page of each step; the keys begin at `start`."""
         for u in T.unroll(steps):
             # What is past the end repeats the last key and has no weight.
-            spot[u * 2] = key_at(T.min(start + u * deep + y, end - 1), position)
-            spot[u * 2 + 1] = page_table[s, spot[u * 2] // page_size]
-            spot[u * 2] = spot[u * 2] % page_size * across + x
+            page_of[u] = page_table[
+                s, key_at(T.min(start + u * deep + y, end - 1), position) // page_size
+            ]
 
     @T.macro
     def attend(
@@ -155,7 +154,7 @@ def single_steps(
                     dot = T.alloc_buffer((2,), "float32", scope="local")
                     # What is read from memory is not written out again at each use, as sums are.
                     kept = T.alloc_buffer((3,), "int32", scope="local")
-                    spot = T.alloc_buffer((steps * 2,), "int32", scope="local")
+                    page_of = T.alloc_buffer((steps,), "int32", scope="local")
                     part: T.let = by // (kv_heads * row_blocks)
                     kv_head: T.let = by // row_blocks % kv_heads
                     first_row: T.let = by % row_blocks * rows
@@ -180,12 +179,13 @@ def single_steps(
                                     "float32",
                                     q[s, T.min(first_head + r, heads - 1), x * lanes + v],
                                 )
-                        find(page_table, spot, s, begin, end, x, y, position)
+                        find(page_table, page_of, s, begin, end, y, position)
                         for block in T.serial((end - begin + keys - 1) // keys):
                             start: T.let = begin + block * keys
                             for u in T.unroll(steps):
-                                page: T.let = spot[u * 2 + 1]
-                                vector: T.let = spot[u * 2]
+                                page: T.let = page_of[u]
+                                key: T.let = key_at(T.min(start + u * deep + y, end - 1), position)
+                                vector: T.let = key % page_size * across + x
                                 for v in T.vectorized(lanes):
                                     k_items[u * lanes + v] = pages[
                                         page, 0, kv_head, vector * lanes + v
@@ -194,7 +194,7 @@ def single_steps(
                                     v_items[u * lanes + v] = pages[
                                         page, 1, kv_head, vector * lanes + v
                                     ]
-                            find(page_table, spot, s, start + keys, end, x, y, position)
+                            find(page_table, page_of, s, start + keys, end, y, position)
                             for r in T.unroll(rows):
                                 for u in T.unroll(steps):
                                     dot[0] = T.float32(0)
