@@ -17,7 +17,7 @@ _PREFIX = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 def prefix_of(*names: str) -> str:
-    """Return a prefix of functions that is made of names, such as a model's and a quantization's."""
+    """Return a prefix of functions, made of names such as a model's and a quantization's."""
     return re.sub(r"\W", "_", "".join(f"{name}_" for name in names), flags=re.ASCII)
 
 

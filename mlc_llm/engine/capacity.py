@@ -5,6 +5,8 @@ Arithmetic only; it measures and allocates nothing.
 
 from __future__ import annotations
 
+import math
+import sys
 from dataclasses import dataclass
 
 from mlc_llm.artifact import KVCacheLayout, LibraryMetadata
@@ -117,7 +119,7 @@ def plan_memory(
     page_bytes = layout.page_size * layout.bytes_per_token
     if page_bytes:
         left = max(usable - weights_bytes - workspace - num_slots * slot_bytes, 0)
-        capacity = left // page_bytes * layout.page_size
+        capacity = min(left // page_bytes, _most_pages(metadata)) * layout.page_size
         total = _total_tokens(mode, config, capacity, max_single, num_sequences)
     else:
         # Running sequences, and as many that have ended.
@@ -125,6 +127,11 @@ def plan_memory(
         capacity = min(2 * num_sequences * max_single, most)
         total = config.max_total_sequence_length or capacity
     num_pages = -(-total // layout.page_size)
+    if num_pages > (most := _most_pages(metadata)):
+        raise OptionError(
+            f"max_total_seq_length={total} is more than kernels of this GPU count; use at most "
+            f"{most * layout.page_size}"
+        )
     max_single = min(max_single, num_pages * layout.page_size)
     if config.prefill_chunk_size is None and mode != "server":
         chunk = min(chunk, max_single)
@@ -158,6 +165,13 @@ def _require(name: str, value: int, compiled_name: str, metadata: LibraryMetadat
             f"({compiled_name}={compiled}); ask for less, or compile it again with "
             f'--overrides "{compiled_name}={value}"'
         )
+
+
+def _most_pages(metadata: LibraryMetadata) -> int:
+    """Return how many pages kernels can count: GPUs number the items of a layer in 31 bits."""
+    if not metadata.kv_cache.num_layers or metadata.target.get("kind", "llvm") == "llvm":
+        return sys.maxsize
+    return ((1 << 31) - 1) // math.prod(metadata.kv_cache.page_shape(1))
 
 
 def _num_sequences(mode: Mode, config: EngineConfig, metadata: LibraryMetadata) -> int:

@@ -15,6 +15,7 @@ import mlc_llm.cli.bench
 from mlc_llm.bench.bandwidth import BandwidthMeter
 from mlc_llm.cli.bench_model import LoadedModel, Subject
 from mlc_llm.cli.main import main
+from mlc_llm.device import CPU
 
 TINY = {
     "architectures": ["LlamaForCausalLM"],
@@ -41,7 +42,7 @@ class FakeLoad:
     def __call__(self, subject: Subject, workloads: Any, progress: Any) -> LoadedModel:
         self.subject = subject
         self.workloads = [str(workload) for workload in workloads]
-        return LoadedModel(self.runner, "q4f16_1", 3, 1_000_000, 0.5, None)
+        return LoadedModel(self.runner, CPU, "q4f16_1", 3, 1_000_000, 0.5, None)
 
 
 @pytest.fixture

@@ -170,7 +170,7 @@ def test_a_given_library_is_used_and_none_is_made(chat: Chat, tmp_path: Path) ->
         (["m", "--prompt", "x", "--overrides", "opt=O1", "--opt", "O2"], 2, "use one"),
         (["m", "--prompt", "x", "--model-lib", "no.so"], 1, "--model-lib no.so does not exist"),
         (["m", "--prompt", "x", "--model-lib", "no.so", "--opt", "O2"], 2, "--opt has no effect"),
-        (["m", "--prompt", "x", "--device", "cuda"], 1, "'cuda' is not supported"),
+        (["m", "--prompt", "x", "--device", "rocm"], 1, "no runtime for AMD's ROCm"),
         (["m", "--prompt", "x", "--device", "toaster"], 2, "'toaster' is not known"),
         (["m", "--prompt", "x", "--device", "znver9"], 2, "'znver9' is not known"),
         (["m", "--prompt", "x", "--device", _OTHER_CPU], 1, f"'{_OTHER_CPU}' is an"),

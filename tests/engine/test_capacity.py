@@ -108,6 +108,17 @@ def test_a_server_fills_its_share_to_the_page(share) -> None:
     assert found.max_total_sequence_length < 32 * 2048
 
 
+def test_pages_that_a_gpu_can_count() -> None:
+    """Items of a layer are numbered in 31 bits, however much memory there is."""
+    library = {"context_window_size": 1 << 20, "max_batch_size": 64, "target": {"kind": "cuda"}}
+    found = plan(80 * GIB, library=library, mode="server")
+    assert found.num_pages == ((1 << 31) - 1) // (2 * 2 * 16 * 64)
+    on_cpu = plan(80 * GIB, library={**library, "target": {"kind": "llvm"}}, mode="server")
+    assert on_cpu.num_pages > found.num_pages
+    with pytest.raises(OptionError, match=r"max_total_seq_length=9000000 .*use at most 8388592"):
+        plan(80 * GIB, library=library, max_total_sequence_length=9_000_000)
+
+
 def test_what_others_use_makes_the_cache_smaller() -> None:
     """It is free memory that counts: a library that no longer fits whole is cut, not refused."""
     small = plan(130 * MIB, mode="local")
