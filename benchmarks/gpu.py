@@ -73,6 +73,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--quantization", nargs="+", default=["q0f16", "q4f16_1"])
+    parser.add_argument("--config", type=Path, help="config.json of another shape")
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32, 64])
     parser.add_argument("--prefill", type=int, nargs="+", default=[512, 4096])
@@ -109,7 +110,8 @@ def measure_speed(arguments: argparse.Namespace, quantization: str) -> None:
         limits = limits_of(loaded.device, arguments)
         peak = f"{limits.gb_s:,.0f} GB/s" if limits else "not known"
         print(
-            f"{quantization}, {arguments.layers} layers, {loaded.device}: weights "
+            f"{quantization}, {loaded.runner.metadata.kv_cache.num_layers} layers, "
+            f"{loaded.device}: weights "
             f"{loaded.weight_bytes / 1e9:.2f} GB, bandwidth by data sheet {peak}, by copying "
             f"{meter.read_gb_s():,.0f} GB/s; compiled in {library_s}, loaded in "
             f"{loaded.load_s:.1f} s\n"
@@ -136,15 +138,16 @@ def load(
     from mlc_llm.cli.bench_model import Subject, load_subject
     from mlc_llm.prepare.progress import NullProgress
 
-    context = max(arguments.context + arguments.tokens, *arguments.prefill)
+    context = max(arguments.context + arguments.tokens, max(arguments.prefill))
     overrides = {
         "context_window_size": context,
         "prefill_chunk_size": min(2048, max(arguments.prefill)),
         "max_batch_size": max(arguments.batch),
     }
     with tempfile.TemporaryDirectory(prefix="mlc_llm-gpu-") as directory:
-        config = Path(directory, "config.json")
-        config.write_text(json.dumps(shape(arguments.layers)))
+        config = arguments.config or Path(directory, "config.json")
+        if arguments.config is None:
+            config.write_text(json.dumps(shape(arguments.layers)))
         subject = Subject(
             None, config, quantization, arguments.device, "O2", overrides, None, seed=0
         )
