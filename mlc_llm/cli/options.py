@@ -18,7 +18,11 @@ if TYPE_CHECKING:
     from mlc_llm.prepare.caches import Caches
 
 DeviceOption = Annotated[
-    str, typer.Option(metavar="NAME[:ID]", help="Device to run on: auto, cpu or cpu:0.")
+    str,
+    typer.Option(
+        metavar="NAME[:ID]",
+        help="Device to run on: auto, cpu, or a GPU: cuda, cuda:1, metal, opencl.",
+    ),
 ]
 QuantizationOption = Annotated[
     str, typer.Option(metavar="NAME", help="Quantization of the weights, such as q4f16_1.")
