@@ -11,7 +11,6 @@ import json
 import shutil
 import tempfile
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,34 +70,21 @@ def prepare_library(
     in the cache costs no import of the compiler. Raises LibraryError where the policy is READONLY
     and there is none, StorageError, and what the compiler raises.
     """
-    prepare = partial(
-        _prepare_for,
-        artifact,
-        opt=opt,
-        overrides=overrides,
-        home=home,
-        jit_policy=jit_policy,
-        progress=progress,
-    )
     if device == "auto" and (found := detect_device()).is_gpu:
         try:
-            return prepare(device=str(found))
+            return prepare_library(
+                artifact,
+                device=str(found),
+                opt=opt,
+                overrides=overrides,
+                home=home,
+                jit_policy=jit_policy,
+                progress=progress,
+            )
         except (UnsupportedModel, OptionError, CompileError) as error:
             progress.message(f"the CPU is used, not {found}: {error}")
             device = "cpu"
-    return prepare(device=device)
 
-
-def _prepare_for(
-    artifact: Path,
-    *,
-    device: str,
-    opt: str,
-    overrides: Mapping[str, Any],
-    home: CacheHome,
-    jit_policy: CachePolicy,
-    progress: Progress,
-) -> Path:
     from mlc_llm.compiler.target import describe_any_target
 
     config = read_chat_config(artifact)

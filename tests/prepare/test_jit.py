@@ -15,7 +15,8 @@ from recorder import RecordedProgress
 from tiny import write_artifact
 
 from mlc_llm.artifact import KVCacheLayout, LibraryMetadata, read_chat_config
-from mlc_llm.errors import CompileError, LibraryError, StorageError
+from mlc_llm.device import Device
+from mlc_llm.errors import CompileError, LibraryError, StorageError, UnsupportedModel
 from mlc_llm.prepare import jit
 from mlc_llm.prepare.cache import CacheHome, CachePolicy
 
@@ -43,15 +44,16 @@ class FakeCompiler:
     def __init__(self) -> None:
         self.calls: list[Any] = []
         self.error: Exception | None = None
+        self.refused: str | None = None  # a device
 
-    def describe_target(self, device: str, opt: str) -> dict[str, Any]:
+    def describe_any_target(self, device: str, opt: str) -> dict[str, Any]:
         return {"kind": "llvm", "device": device, "opt": opt}
 
     def compile_model(self, config: object, options: Any, progress: Callable[[str], None]) -> Any:
         self.calls.append(options)
         progress("lower")
         progress("build")
-        if self.error:
+        if self.error and self.refused in (None, options.device):
             raise self.error
         return self
 
@@ -71,7 +73,7 @@ class FakeOptions:
 def compiler(monkeypatch: pytest.MonkeyPatch) -> FakeCompiler:
     fake = FakeCompiler()
     target = types.ModuleType("mlc_llm.compiler.target")
-    target.describe_target = fake.describe_target  # type: ignore[attr-defined]
+    target.describe_any_target = fake.describe_any_target  # type: ignore[attr-defined]
     module = types.ModuleType("mlc_llm.compiler.compile")
     module.compile_model = fake.compile_model  # type: ignore[attr-defined]
     module.CompileOptions = FakeOptions  # type: ignore[attr-defined]
@@ -163,6 +165,25 @@ def test_key_depends_on_model_and_compiler(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(jit, "_compiler_digest", lambda: "other")
     keys.append(key())
     assert len(set(keys)) == len(keys)
+
+
+def test_auto_is_a_gpu_that_can_run_the_model(
+    get: Callable[..., Path],
+    compiler: FakeCompiler,
+    progress: RecordedProgress,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(jit, "detect_device", lambda: Device("cuda", 0))
+    assert get(device="auto") == get(device="cuda:0") != get(device="cpu")
+    assert [options.device for options in compiler.calls] == ["cuda:0", "cpu"]
+    compiler.error, compiler.refused = UnsupportedModel("it has experts"), "cuda:0"
+    settings = {"overrides": {"max_batch_size": 3}}
+    library = get(device="auto", **settings)
+    assert [options.device for options in compiler.calls[2:]] == ["cuda:0", "cpu"]
+    assert progress.messages[-1] == "the CPU is used, not cuda:0: it has experts"
+    assert get(device="cpu", **settings) == library
+    with pytest.raises(UnsupportedModel):
+        get(device="cuda:0", **settings)
 
 
 def test_policy_off_compiles_apart(
