@@ -119,7 +119,7 @@ def test_pull_makes_ready_what_a_chat_needs(
         ("user/tiny --quantization q9", 2, "q9"),
         ("user/tiny --device cpu", 2, "are for --compile"),
         ("user/tiny --opt O2", 2, "are for --compile"),
-        ("user/tiny --compile --device cuda", 1, "not supported"),
+        ("user/tiny --compile --device rocm", 1, "no runtime for AMD"),
         ("demo --revision v1", 2, "--revision is for repositories"),
         ("{llama}", 2, "is on this machine"),
     ],
