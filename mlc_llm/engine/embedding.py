@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from mlc_llm.artifact import ChatConfig, read_chat_config
 from mlc_llm.engine.encoder import Encoder, pages_for_encoding, read_pooling
+from mlc_llm.device import parse_device
 from mlc_llm.errors import (
     ContextTooLong,
     EngineStopped,
@@ -191,6 +192,8 @@ def open_embedding_model(
     from mlc_llm.runtime.model import CompiledRunner
     from mlc_llm.runtime.parameters import load_parameters
 
+    if device != "auto":
+        parse_device(device)  # what is no device of this machine is said before anything is read
     config = read_chat_config(artifact)
     tokenizer = Tokenizer.load(artifact)
     loaded = load_library(library, device, progress)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mlc_llm.artifact import CHAT_CONFIG_NAME, ChatConfig, LibraryMetadata, read_chat_config
-from mlc_llm.device import free_memory_bytes
+from mlc_llm.device import free_memory_bytes, parse_device
 from mlc_llm.engine.capacity import MemoryPlan, plan_memory
 from mlc_llm.engine.config import AUTO, EngineConfig
 from mlc_llm.engine.engine import Engine
@@ -86,6 +86,8 @@ def open_model(
     from mlc_llm.runtime.model import CompiledRunner
     from mlc_llm.runtime.parameters import load_parameters
 
+    if device != "auto":
+        parse_device(device)  # what is no device of this machine is said before anything is read
     config = read_chat_config(artifact)
     template = load_template(artifact, config)
     if template is not None:
