@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlc_llm.artifact import ChatConfig, read_chat_config
-from mlc_llm.engine.encoder import Encoder, pages_for_encoding, read_pooling
 from mlc_llm.device import parse_device
+from mlc_llm.engine.encoder import Encoder, pages_for_encoding, read_pooling
 from mlc_llm.errors import (
     ContextTooLong,
     EngineStopped,
