@@ -89,7 +89,12 @@ def test_a_real_interrupt_signal_stops_the_answer(capsys: pytest.CaptureFixture[
 
     session = Pressing([["one", "two"]])
     dialogue = Dialogue(session, FakeParams(), None)  # type: ignore[arg-type]
-    run_interactive(dialogue, lines("count"))
+    # Shells have their background jobs ignore Ctrl-C.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        run_interactive(dialogue, lines("count"))
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert capsys.readouterr().out == "one\n"
     assert dialogue.messages[-1]["content"] == "one"
 

@@ -153,7 +153,7 @@ def test_no_draw_takes_what_a_grammar_forbids(runner: KernelRunner) -> None:
         rows = [make_row(index, seed=number, **settings) for index in range(20)]
         for row in rows:
             row.grammar = SequenceGrammar(
-                CompiledGrammar(OnlyThese(allowed), vocabulary, ()), [2], np.float32(-1e30)
+                CompiledGrammar(OnlyThese(allowed), vocabulary, (), None), [2], np.float32(-1e30)
             )
         logits = (30 * rng.standard_normal((20, VOCAB))).astype(np.float32)
         logits[:, allowed] -= 60

@@ -61,7 +61,7 @@ def test_second_load_maps_the_file(place, monkeypatch) -> None:
     first = [array.copy() for array in place.load()]
     [cache] = place.cache_files
     assert place.reports == ["pack weights for this CPU"]
-    monkeypatch.setattr(parameters, "_pack", None)
+    monkeypatch.setattr(parameters, "pack_parameters", None)
     second = place.load()
     assert place.num_packings == 1
     assert_same(second, first)

@@ -68,9 +68,11 @@ def test_status_of_errors(error: Exception, status: int, kind: str, code: str | 
 )
 def test_errors_as_anthropic_calls_them(error: Exception, kind: str) -> None:
     failure = failure_of(error)
+    # A field has no place of its own there: the message names it.
+    message = failure.message if failure.param is None else f"{failure.param}: {failure.message}"
     for path in ("/v1/messages", "/v1/messages/count_tokens"):
         body = json.loads(failure.body_bytes_for(path))
-        assert body == {"type": "error", "error": {"type": kind, "message": failure.message}}
+        assert body == {"type": "error", "error": {"type": kind, "message": message}}
     assert failure.body_bytes_for("/v1/chat/completions") == failure.body_bytes
 
 
