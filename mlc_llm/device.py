@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlc_llm.errors import DeviceError, OptionError
-from mlc_llm.gpus import GPU_KINDS, find_gpu, gpus_of
+from mlc_llm.gpus import GPU_KINDS, find_gpu, first_gpu, gpus_of
 
 # Order of automatic detection; the first that is found wins. OpenCL's GPUs, often no faster than
 # the CPU, are taken where they are asked for.
@@ -166,9 +166,9 @@ def parse_device(text: str) -> Device:
 
 
 def detect_device() -> Device:
-    """Return the first device that is found, in the order of `DEVICE_NAMES`."""
-    names = [report.name for report in detect_devices() if report.found]
-    return Device(next(name for name in names if name not in _BY_NAME_ONLY))
+    """Return the first device that is found, in the order of `DEVICE_NAMES`; asks no further."""
+    gpu = first_gpu([kind for kind in GPU_KINDS if kind not in _BY_NAME_ONLY])
+    return CPU if gpu is None else Device(gpu.kind, gpu.id)
 
 
 def parse_target(text: str, others: Iterable[str] = ()) -> TargetCPU:

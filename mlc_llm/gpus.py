@@ -5,10 +5,12 @@ Asks drivers alone, by ctypes; imports no TVM and starts nothing on a GPU.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import importlib.util
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,6 +57,14 @@ def find_gpu(kind: str, index: int) -> GPU:
         names = ", ".join(f"{gpu.kind}:{gpu.id} ({gpu.name})" for gpu in gpus)
         raise DeviceError(f"there is no {kind}:{index} here; there is {names}")
     return gpus[index]
+
+
+def first_gpu(kinds: Iterable[str]) -> GPU | None:
+    """Return the first GPU of the first kind that has any, None where no kind has."""
+    for kind in kinds:
+        with contextlib.suppress(DeviceError):
+            return gpus_of(kind)[0]
+    return None
 
 
 def cuda_architecture(index: int) -> str | None:
