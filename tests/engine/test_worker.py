@@ -172,7 +172,7 @@ def test_a_step_reaches_a_loop_by_one_call() -> None:
 def test_a_reader_gets_all_that_has_arrived() -> None:
     async def main() -> None:
         stream = await worker.submit(ask(count=50))
-        await until(lambda: worker.num_requests == 0)
+        await until(lambda: stream._channel.is_over)
         batches = [batch async for batch in stream]
         assert [len(batch) for batch in batches] == [50]
 
