@@ -19,6 +19,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -165,10 +166,8 @@ class _Packager:
         self._bundle = output / "bundle"
         self._libraries = self._bundle / "lib" if self._is_web else output / "lib"
         self._state: dict[str, Any] = {}
-        try:
+        with suppress(ModelNotFound, CorruptFile):  # then nothing is known of what is there
             self._state = read_json_object(output / _STATE_NAME)
-        except (ModelNotFound, CorruptFile):
-            pass  # nothing is known of what is there
 
     def add(self, model: _Found) -> dict[str, Any]:
         """Write a model and its library; return what the app's list says of it."""
