@@ -25,7 +25,8 @@ SETTINGS: Mapping[str, type] = {
 }
 _FORMAT = "response_format"
 _THOUGHTS = "thoughts"
-_CAN_BE_UNSET = ("max_tokens", "seed", "stop")
+_MAX_THOUGHTS = "thinking_token_budget"
+_CAN_BE_UNSET = ("max_tokens", "seed", "stop", _MAX_THOUGHTS)
 
 HELP = """\
 /help                print this help
@@ -36,7 +37,8 @@ HELP = """\
 /reset               forget the conversation
 /set                 print the settings
 /set key=value;...   change settings: temperature, top_p, frequency_penalty, presence_penalty,
-                     max_tokens, seed, stop (several with commas); `none` unsets the last three;
+                     max_tokens, seed, stop (several with commas), thinking_token_budget (tokens
+                     a model may think before it answers); `none` unsets the last four;
                      thoughts (true or false: print what the model thinks before it answers)
 /set response_format=FORMAT
                      the form of the next answers: text, json_object, or JSON as in requests,
@@ -74,9 +76,16 @@ def run_command(line: str, dialogue: Dialogue, say: Callable[[str], None]) -> No
         say("the conversation is forgotten")
     else:
         _change_settings(argument, dialogue)
-        settings = describe_params(dialogue.params, SETTINGS)
-        thoughts = str(dialogue.shows_thoughts).lower()
-        say(f"{settings}; {_THOUGHTS}={thoughts}; {_FORMAT}={dialogue.format}")
+        say(_describe_settings(dialogue))
+
+
+def _describe_settings(dialogue: Dialogue) -> str:
+    thoughts = str(dialogue.shows_thoughts).lower()
+    budget = "none" if dialogue.max_thoughts is None else dialogue.max_thoughts
+    return (
+        f"{describe_params(dialogue.params, SETTINGS)}; {_MAX_THOUGHTS}={budget}; "
+        f"{_THOUGHTS}={thoughts}; {_FORMAT}={dialogue.format}"
+    )
 
 
 def _find_command(name: str) -> str:
@@ -105,11 +114,16 @@ def _change_settings(text: str, dialogue: Dialogue) -> None:
         # A setting of its own line: JSON may hold what parts others.
         dialogue.set_format(value.strip())
         return
-    kinds = {**SETTINGS, _THOUGHTS: bool}
+    kinds = {**SETTINGS, _MAX_THOUGHTS: int, _THOUGHTS: bool}
     changes: dict[str, Any] = parse_settings(text, kinds, "/set", can_be_none=_CAN_BE_UNSET)
     shows_thoughts = changes.pop(_THOUGHTS, dialogue.shows_thoughts)
+    max_thoughts = changes.pop(_MAX_THOUGHTS, dialogue.max_thoughts)
+    if max_thoughts is not None and max_thoughts < 0:
+        raise OptionError(f"/set: {_MAX_THOUGHTS} must be at least 0, not {max_thoughts}")
     if "stop" in changes:
         stop = (part.strip() for part in (changes["stop"] or "").split(","))
         changes["stop"] = tuple(part for part in stop if part)
-    dialogue.params = dataclasses.replace(dialogue.params, **changes)
+    params = dataclasses.replace(dialogue.params, **changes)
+    dialogue.set_max_thoughts(max_thoughts)
+    dialogue.params = params
     dialogue.shows_thoughts = shows_thoughts

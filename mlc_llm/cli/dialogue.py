@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 class Dialogue:
     """A conversation with one model: the messages, and the settings of the next answer.
 
-    shows_thoughts: whether who prints an answer prints its thoughts too.
+    shows_thoughts: whether who prints an answer prints its thoughts too. max_thoughts: how many
+    tokens of them the next answers may have.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class Dialogue:
         self.params = params
         self.format = "text"
         self.shows_thoughts = shows_thoughts
+        self.max_thoughts: int | None = None
         self._grammar: GrammarSpec | None = None
         self._system = [{"role": "system", "content": system}] if system else []
         self._turns: list[dict[str, Any]] = []
@@ -55,6 +57,12 @@ class Dialogue:
         if grammar is not None:
             self.session.check_grammar(grammar)
         self.format, self._grammar = text, grammar
+
+    def set_max_thoughts(self, max_thoughts: int | None) -> None:
+        """Limit the thoughts of the next answers. Raises RequestError where that can't be."""
+        if max_thoughts is not None:
+            self.session.check_thought_limit(max_thoughts)
+        self.max_thoughts = max_thoughts
 
     def reset(self) -> None:
         """Forget all turns and images; the system message stays."""
@@ -112,7 +120,7 @@ class Dialogue:
         kept = self._turns
         while True:
             messages = [*self._system, *kept, question]
-            stream = self.session.chat(messages, self.params, self._grammar)
+            stream = self.session.chat(messages, self.params, self._grammar, self.max_thoughts)
             try:
                 # The session counts tokens when the first piece is asked for.
                 first = next(stream, None)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+from mlc_llm.errors import RequestError
 from mlc_llm.text.reasoning import ThoughtMarks
 
 GrammarKind = Literal[
@@ -51,3 +52,20 @@ class GrammarSpec:
     skips_lines: bool = True
     continues_text: bool = False
     thoughts: ThoughtLimit | None = None
+
+
+def limit_thoughts(
+    grammar: GrammarSpec | None, max_tokens: int, marks: ThoughtMarks | None, is_open: bool
+) -> GrammarSpec:
+    """Return a grammar with a limit of an answer's thoughts, see `ThoughtLimit`.
+
+    Raises RequestError where a model marks none.
+    """
+    if marks is None:
+        raise RequestError(
+            f"thinking_token_budget is {max_tokens:,}, but nothing marks what this model "
+            "thinks; leave it out",
+            "thinking_token_budget",
+        )
+    limit = ThoughtLimit(max_tokens, marks, is_open)
+    return replace(grammar or GrammarSpec("text"), thoughts=limit)

@@ -10,7 +10,7 @@ from typing import Any
 from mlc_llm.artifact import ChatConfig
 from mlc_llm.engine.config import EngineConfig
 from mlc_llm.engine.engine import Engine
-from mlc_llm.engine.grammar import GrammarSpec
+from mlc_llm.engine.grammar import GrammarSpec, limit_thoughts
 from mlc_llm.engine.metrics import RequestStats
 from mlc_llm.engine.open import open_model
 from mlc_llm.engine.request import Request
@@ -85,6 +85,13 @@ class ChatSession:
                 "use `mlc_llm serve`",
                 "response_format",
             )
+        self._compile(grammar)
+
+    def check_thought_limit(self, max_tokens: int) -> None:
+        """Raise RequestError unless an answer's thoughts can be held to a number of tokens."""
+        self._compile(limit_thoughts(None, max_tokens, self._prompts.formats.thought_marks, False))
+
+    def _compile(self, grammar: GrammarSpec) -> None:
         if self._engine.grammars is not None:
             self._engine.grammars.compile(grammar)
 
@@ -93,11 +100,13 @@ class ChatSession:
         messages: Sequence[Mapping[str, Any]],
         params: SamplingParams,
         grammar: GrammarSpec | None = None,
+        max_thoughts: int | None = None,
     ) -> Generator[Content | Reasoning, None, None]:
         """Answer a conversation piece by piece; closing the iterator stops the work.
 
-        grammar: what the answer must match, after the model's thoughts where it has such. Raises
-        ContextTooLong, TemplateError or RequestError, before the first piece.
+        grammar: what the answer must match, after the model's thoughts where it has such, of which
+        there are at most max_thoughts tokens. Raises ContextTooLong, TemplateError or RequestError,
+        before the first piece.
         """
         prompt = self._prompts.build(messages)
         formats = self._prompts.formats
@@ -106,6 +115,9 @@ class ChatSession:
             self.check_grammar(grammar)
             if formats.reasoning is not None and thoughts.are_due:
                 grammar = replace(grammar, starts_after=(formats.reasoning.end,))
+        if max_thoughts is not None:
+            marks = formats.thought_marks
+            grammar = limit_thoughts(grammar, max_thoughts, marks, thoughts.are_begun)
         parser = formats.open_parser({}, is_thinking=thoughts.are_begun)
         shown = frozenset[int]() if parser is None else formats.shown_ids(self.tokenizer)
         parser = parser or PlainParser()

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mlc_llm.engine.grammar import GrammarSpec, ThoughtLimit
+from mlc_llm.engine.grammar import GrammarSpec, limit_thoughts
 from mlc_llm.errors import RequestError
 from mlc_llm.serve.model import ServedModel
 from mlc_llm.text.answers import AnswerFormats
@@ -95,14 +95,7 @@ def plan_answers(
         grammar = replace(grammar, starts_after=(formats.reasoning.end,))
     if max_thoughts is not None:
         marks = formats.thought_marks
-        if marks is None:
-            raise RequestError(
-                f"thinking_token_budget is {max_thoughts:,}, but nothing marks what this model "
-                "thinks; leave it out",
-                "thinking_token_budget",
-            )
-        limit = ThoughtLimit(max_thoughts, marks, thoughts.are_begun)
-        grammar = replace(grammar or GrammarSpec("text"), thoughts=limit)
+        grammar = limit_thoughts(grammar, max_thoughts, marks, thoughts.are_begun)
     return replace(plan, grammar=grammar)
 
 

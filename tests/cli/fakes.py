@@ -54,6 +54,8 @@ class FakeSession:
         self.prompts: list[list[dict[str, str]]] = []
         self.params: list[Any] = []
         self.grammars: list[GrammarSpec | None] = []
+        self.max_thoughts: list[int | None] = []
+        self.has_thoughts = True
         self.num_stopped = 0
         self.is_closed = False
         self._answers = list(answers)
@@ -65,13 +67,19 @@ class FakeSession:
         if grammar.kind == "regex":
             raise RequestError("no expressions here")
 
+    def check_thought_limit(self, max_tokens: int) -> None:
+        if not self.has_thoughts:
+            raise RequestError("no thoughts here")
+
     def chat(
         self,
         messages: Sequence[Mapping[str, Any]],
         params: Any,
         grammar: GrammarSpec | None = None,
+        max_thoughts: int | None = None,
     ) -> Iterator[Content | Reasoning]:
         self.grammars.append(grammar)
+        self.max_thoughts.append(max_thoughts)
         num_chars = sum(len(message["content"]) for message in messages)
         if num_chars > self.max_chars:
             raise ContextTooLong(f"prompt has {num_chars} characters")

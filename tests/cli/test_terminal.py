@@ -2,6 +2,7 @@
 
 import signal
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 from prompt_toolkit.input import create_pipe_input
@@ -11,7 +12,7 @@ from mlc_llm.cli.chat_commands import run_command
 from mlc_llm.cli.dialogue import Dialogue
 from mlc_llm.cli.terminal import print_answer, prompt_reader, run_interactive
 from mlc_llm.engine.grammar import GrammarSpec
-from mlc_llm.errors import MlcError, OptionError, TemplateError
+from mlc_llm.errors import MlcError, OptionError, RequestError, TemplateError
 from mlc_llm.text.events import Content, Reasoning
 
 from .fakes import FakeParams, FakeSession, Piece
@@ -210,8 +211,24 @@ def test_set_changes_the_settings_of_the_next_answer() -> None:
     run_command("/set", dialogue, said.append)
     assert said[-1] == (
         "temperature=0.5; top_p=1.0; frequency_penalty=0.0; presence_penalty=0.0; "
-        "max_tokens=none; seed=1; stop=none; thoughts=true; response_format=text"
+        "max_tokens=none; seed=1; stop=none; thinking_token_budget=none; thoughts=true; "
+        "response_format=text"
     )
+
+
+def test_set_limits_the_thoughts_of_the_next_answers() -> None:
+    dialogue = dialogue_of(["one"], ["two"])
+    said: list[str] = []
+    for value in ("5", "none"):
+        run_command(f"/set thinking_token_budget={value}", dialogue, said.append)
+        assert f"; thinking_token_budget={value};" in said[-1]
+        assert list(dialogue.answer("a question", said.append))
+    session: Any = dialogue.session
+    assert session.max_thoughts == [5, None]
+    session.has_thoughts = False
+    with pytest.raises(RequestError, match="no thoughts"):
+        run_command("/set seed=3;thinking_token_budget=5", dialogue, print)
+    assert dialogue.max_thoughts is None and dialogue.params == FakeParams()
 
 
 def test_set_changes_the_format_of_the_next_answers() -> None:
@@ -257,6 +274,7 @@ def test_a_bad_format_changes_nothing(form: str, words: str) -> None:
         ("/set temperature", "not of the form key=value"),
         ("/set temperature=hot", "temperature must be a number, not 'hot'"),
         ("/set temperature=-1", "must not be negative"),
+        ("/set thinking_token_budget=-1", "thinking_token_budget must be at least 0, not -1"),
         ("/set thoughts=dim", "thoughts must be true or false, not 'dim'"),
         ("/set top_k=3", "unknown key 'top_k'"),
     ],

@@ -169,6 +169,22 @@ def test_grammar_begins_after_the_thoughts(open_session, tokenizer, with_grammar
     assert answer == [Reasoning("well"), Content("nobody knows")]
 
 
+def test_thoughts_end_when_their_budget_is_spent(open_session, tokenizer, with_grammars) -> None:
+    said = "<think>well, well, well</think>no way!"
+    session = with_grammars(say(open_session, tokenizer, said)[0])
+    with pytest.raises(RequestError, match="nothing marks what this model thinks"):
+        session.check_thought_limit(3)
+    with pytest.raises(RequestError, match="nothing marks"):
+        next(iter(session.chat(MESSAGES, GREEDY, None, 3)))
+    let_think(session)
+    session.check_thought_limit(3)
+    thought, *_ = join_events(session.chat(MESSAGES, GREEDY, None, 3))
+    assert isinstance(thought, Reasoning) and "well".startswith(thought.text.strip())
+    choice = GrammarSpec("choice", '["never", "nobody knows"]')
+    answer = join_events(session.chat(MESSAGES, GREEDY, choice, 0))
+    assert [type(event) for event in answer if event.text] == [Content]
+
+
 def test_thoughts_are_told_from_the_answer(open_session, tokenizer) -> None:
     session, _ = say(open_session, tokenizer, "<think>\nHm, 1 < 2.\n</think>\n\nYes.")
     plain = "".join(texts(session.chat(MESSAGES, GREEDY)))
