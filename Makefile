@@ -48,7 +48,7 @@ judges: $(VENV)/.installed-dev demo-model
 	@$(VENV)/bin/python scripts/judges/run.py
 
 browser: $(VENV)/.installed-dev demo-model
-	@$(VENV)/bin/python -m pytest -ra tests/browser tests/browser/demo_in_browser.py
+	@$(VENV)/bin/python -m pytest -ra -o python_files='test_*.py demo_in_browser.py' tests/browser
 
 clean:
 	rm -rf $(VENV)

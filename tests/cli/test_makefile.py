@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -69,3 +70,14 @@ def test_help_names_every_target() -> None:
     done = make("help")
     for target in ("demo", "test", "check", "demo-model", "clean"):
         assert f"make {target} " in done.stdout
+
+
+def test_the_demo_model_is_among_the_tests_of_browsers(tmp_path: Path) -> None:
+    install_fake_venv(tmp_path / "venv")
+    python = tmp_path / "venv" / "bin" / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@" --collect-only -q\n')
+    python.chmod(0o755)
+    done = make("browser", f"VENV={tmp_path / 'venv'}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name in ("demo_in_browser.py::test_answers_are_those_of_the_cpu", "test_web_llm.py::"):
+        assert f"tests/browser/{name}" in done.stdout
