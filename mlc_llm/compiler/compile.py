@@ -24,9 +24,9 @@ from mlc_llm.compiler.target import describe_any_target, is_for_others, is_gpu
 from mlc_llm.errors import CompileError, OptionError, UnsupportedModel
 from mlc_llm.kernels.cpu.isa import find_bf16_isa, find_isa
 from mlc_llm.models.base import STEP_ENTRIES, CausalLM, Family
-from mlc_llm.models.cache_entries import STEP_ENTRIES as CACHE_STEP_ENTRIES
 from mlc_llm.models.cache_entries import CacheEntries
-from mlc_llm.models.gpu_entries import FORWARD, FORWARD_SINGLE, GPUEntries
+from mlc_llm.models.config import DecoderConfig
+from mlc_llm.models.gpu_entries import GPUEntries
 from mlc_llm.models.registry import get_family
 from mlc_llm.models.vision import IMAGE_ENTRY
 from mlc_llm.quantization.apply import build_quantized
@@ -78,11 +78,10 @@ def compile_model(
         )
     described = describe_any_target(options.device, options.opt, options.host)
     target = tvm.target.Target(described["target"])
-    if is_gpu(described["target"]) and task != "chat":
+    if is_for_others(described["target"]) and task != "chat":
         raise UnsupportedModel(
-            f"libraries for embeddings are made for CPUs only, not {options.device}"
+            f"libraries for embeddings are made for the engine only, not for {options.device}"
         )
-
     if is_gpu(described["target"]) and scheme.dtype == "bfloat16":
         raise OptionError(
             f"quantization {scheme.name} has numbers in bfloat16, which kernels for GPUs do not "
@@ -98,7 +97,7 @@ def compile_model(
         bf16_isa = None if found is None else found.name
     model = build_quantized(family, model_config, scheme, int8_isa, bf16_isa, config.layer_formats)
     if is_gpu(described["target"]):
-        return _compile_for_gpu(config, family, model, described, options, progress)
+        return _compile_for_gpu(config, family, model, task, described, options, progress)
     with target:
         mod, parameters = model.export_tvm(model.export_spec(task))
     with _stage_errors("lowering"), target:
@@ -118,6 +117,7 @@ def _compile_for_gpu(
     config: ChatConfig,
     family: Family,
     model: CausalLM,
+    task: str,
     described: dict[str, Any],
     options: CompileOptions,
     progress: Callable[[str], None],
@@ -132,12 +132,11 @@ def _compile_for_gpu(
             named = model.named_parameters()
             check_buffers(specs_of(named), model.kv_layout(), model.config.context_window_size)
         with target:
-            entries = CacheEntries(model) if for_others else GPUEntries(model)
+            entries = CacheEntries(model) if for_others else GPUEntries(model, task)
             mod, parameters = model.export_tvm(entries.export_spec())
     except UnsupportedModel as error:
         raise UnsupportedModel(f"{family.name} for {options.device}: {error}") from None
-    chunk, batch = model.config.prefill_chunk_size, model.config.max_batch_size
-    bounds = {"n": max(chunk, batch), "b": batch, "num_starts": batch + 1, "r": batch}
+    bounds = _bounds(model.config, task)
     temporary: dict[str, int] = {}
     _dump(options.debug_dump, 0, "export", mod)
     with _stage_errors("lowering"), target:
@@ -147,15 +146,14 @@ def _compile_for_gpu(
             _dump(options.debug_dump, index, name, mod)
             if name == "plan_memory":
                 temporary = temporary_of_all(mod)
-    metadata = describe(config, family, model, "chat", parameters, temporary, described)
+    metadata = describe(config, family, model, task, parameters, temporary, described)
     mod["_metadata"] = _constant_function(metadata.to_json())
-    if not for_others:
+    if task == "chat" and not for_others:
         mod[HOST_SAMPLE] = sample_on_host(target)
     progress("generate code")
     with _stage_errors("code generation"), making_machine_code(described["target"]):
         executable = _build(mod, target, options.system_prefix)
-    steps = CACHE_STEP_ENTRIES if for_others else (FORWARD, FORWARD_SINGLE)
-    return CompiledModel(metadata, executable, steps, None, options.system_prefix or "")
+    return CompiledModel(metadata, executable, entries.steps, None, options.system_prefix or "")
 
 
 def _lower(
@@ -166,13 +164,10 @@ def _lower(
     progress: Callable[[str], None],
 ) -> tuple[tvm.IRModule, dict[str, int], int]:
     """Return the lowered module, temporary bytes by function, packed parameters of images."""
-    config, entry = model.config, STEP_ENTRIES[task]
+    entry = STEP_ENTRIES[task]
     others = [] if model.image_inputs is None else [IMAGE_ENTRY]
     num_image_params = 0
-    chunk, batch = config.prefill_chunk_size, config.max_batch_size
-    # The mean of a text is made of all its rows.
-    rows = batch if task == "chat" else max(chunk, batch)
-    bounds = {"n": max(chunk, batch), "b": batch, "num_starts": batch + 1, "r": rows}
+    bounds = _bounds(model.config, task)
     temporary: dict[str, int] = {}
     _dump(dump, 0, "export", mod)
     for index, (name, passes) in enumerate(phases(bounds, entry, others), 1):
@@ -187,6 +182,14 @@ def _lower(
                 for function in (entry, *others, PACK_FUNCTION)
             }
     return mod, temporary, num_image_params
+
+
+def _bounds(config: DecoderConfig, task: str) -> dict[str, int]:
+    """Return the largest symbolic sizes of a step."""
+    chunk, batch = config.prefill_chunk_size, config.max_batch_size
+    # The mean of a text is made of all its rows.
+    rows = batch if task == "chat" else max(chunk, batch)
+    return {"n": max(chunk, batch), "b": batch, "num_starts": batch + 1, "r": rows}
 
 
 def _build(mod: tvm.IRModule, target: tvm.target.Target, prefix: str | None) -> Any:

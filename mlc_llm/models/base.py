@@ -94,8 +94,7 @@ class CausalLM(nn.Module):
         kv.states = dict(zip(names, states, strict=True))
         hidden = self.hidden_states(token_ids, kv)
         logits = self.logits(self.final_norm(ops.take_rows(hidden, logit_rows)))
-        if logits.dtype != "float32":  # on GPUs, whose hidden states have the model's dtype
-            logits = nn.op.astype(logits, "float32")
+        logits = as_float32(logits)
         return (logits, kv.pages, list(kv.states.values())) if kv.states else (logits, kv.pages)
 
     def encode(
@@ -115,7 +114,8 @@ class CausalLM(nn.Module):
         """
         kv = self._paged_kv(positions, query_start, slots, page_table, context_len, kv_pages)
         hidden = self.hidden_states(token_ids, kv)
-        return ops.materialize(self.final_norm(ops.take_rows(hidden, logit_rows))), kv.pages
+        rows = ops.materialize(self.final_norm(ops.take_rows(hidden, logit_rows)))
+        return as_float32(rows), kv.pages
 
     def _paged_kv(
         self,
@@ -203,6 +203,11 @@ class CausalLM(nn.Module):
             "$": {"param_mode": "none", "effect_mode": "none"},
         }
         return {STEP_ENTRIES[task]: entry, "sample": sample}
+
+
+def as_float32(rows: nn.Tensor) -> nn.Tensor:
+    """Return rows as entries do: on GPUs hidden states have the model's dtype."""
+    return rows if rows.dtype == "float32" else nn.op.astype(rows, "float32")
 
 
 class DecoderLM(CausalLM):

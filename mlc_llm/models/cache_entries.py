@@ -28,6 +28,8 @@ _NO_WEIGHTS = {"param_mode": "none", "effect_mode": "none"}
 class CacheEntries:
     """The entries of one model. Hidden states have the model's dtype, logits are float32."""
 
+    steps = STEP_ENTRIES
+
     def __init__(self, model: CausalLM) -> None:
         if not isinstance(model, DecoderLM) or (
             type(model).hidden_states is not DecoderLM.hidden_states

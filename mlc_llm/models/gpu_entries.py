@@ -22,14 +22,18 @@ _SINGLE = {"n": 1, "num_starts": 2, "b": 1, "r": 1}
 
 
 class GPUEntries:
-    """The entries of one model. Hidden states have the model's dtype, logits are float32."""
+    """The entries of one model. Hidden states have the model's dtype, results are float32.
 
-    def __init__(self, model: CausalLM) -> None:
+    task: one of `STEP_ENTRIES`. steps: the names of the entries that run a step.
+    """
+
+    def __init__(self, model: CausalLM, task: str) -> None:
         if model.image_inputs is not None:
             raise UnsupportedModel("it takes images, and GPU libraries take text only yet")
         if model.state_specs():
             raise UnsupportedModel("it has recurrent state, which GPU libraries do not hold yet")
-        self.model = model
+        self.model, self.task = model, task
+        self.steps = (FORWARD, FORWARD_SINGLE) if task == "chat" else (STEP_ENTRIES[task],)
 
     def copy_pages(self, pages: nn.Tensor, sources: nn.Tensor, targets: nn.Tensor) -> nn.Tensor:
         """Copy pages of one layer, in place; sources, targets (m) int32."""
@@ -37,7 +41,8 @@ class GPUEntries:
 
     def export_spec(self) -> spec.ModuleSpec:
         """Return the signatures of the entries for the exporter, with symbolic sizes."""
-        step = self.model.entry_specs("chat")[FORWARD]
+        name = STEP_ENTRIES[self.task]
+        step, run = self.model.entry_specs(self.task)[name], getattr(self.model, name)
         step["$"] = {"param_mode": "packed", "effect_mode": "none"}
         numbers = spec.Tensor(["m"], "int32")
         copy = {
@@ -46,9 +51,9 @@ class GPUEntries:
             "targets": numbers,
             "$": {"param_mode": "none", "effect_mode": "none"},
         }
+        raw_steps = (step, _of_one_token(step))  # no one waits for a text of one token
         methods = [
-            (FORWARD, step, self.model.forward),
-            (FORWARD_SINGLE, _of_one_token(step), self.model.forward),
+            *((name, raw, run) for name, raw in zip(self.steps, raw_steps, strict=False)),
             (COPY_PAGES, copy, self.copy_pages),
         ]
         return spec.ModuleSpec(

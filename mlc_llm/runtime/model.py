@@ -73,13 +73,13 @@ class CompiledRunner:
         self._embed_image: Any = None if self._images is None else machine["embed_image"]
         # What steps without images are given.
         self._no_image = np.zeros((1, 0 if self._images is None else self._images.width), "f4")
+        self._sample: Any = None
+        if not is_encoder:
+            self._sample = _sampler_on_host(library) if self._is_gpu else machine["sample"]
         if self._is_gpu:
-            self._run_single: Any = machine["forward_single"]
+            self._run_single: Any = None if is_encoder else machine["forward_single"]
             self._copy_pages: Any = machine["copy_pages"]
-            self._sample: Any = _sampler_on_host(library)
             self._try_out(library.device)
-        else:
-            self._sample = None if is_encoder else machine["sample"]
 
     def _try_out(self, device: Device) -> None:
         """Run a kernel, for which drivers make the library's code. Raises DeviceError."""
@@ -156,7 +156,8 @@ class CompiledRunner:
             embeds = self._no_image if step.image_embeds is None else step.image_embeds
             inputs.append(self._memory.put(embeds))
         run = self._run_step
-        if self._is_gpu and len(step.token_ids) == len(step.context_len) == num_rows == 1:
+        is_single = len(step.token_ids) == len(step.context_len) == num_rows == 1
+        if self._is_gpu and is_single and self._run_single is not None:
             run = self._run_single
         rows: NDArray[np.float32] = self._memory.array(
             run(*inputs, self._pages, *states, self._parameters)[0]

@@ -219,9 +219,9 @@ def test_what_buffers_cannot_hold_is_refused(tiny_models) -> None:
     check_buffers([dataclasses.replace(huge, shape=(131_072, 4096))], layout, 4096)
 
 
-def test_embeddings_are_refused(tiny_models) -> None:
+def test_embeddings_are_refused_for_browsers(tiny_models) -> None:
     artifact = tiny_models.artifact("llama_gqa")
-    with pytest.raises(UnsupportedModel, match="embeddings are made for CPUs only, not webgpu"):
+    with pytest.raises(UnsupportedModel, match="made for the engine only, not for webgpu"):
         compile_for(artifact, "webgpu", overrides={"model_task": "embedding"})
 
 

@@ -2,65 +2,30 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from encoder_models import CASES, REFERENCES, TinyEncoders, embed, pooled, read_inputs
 from numpy.typing import NDArray
 from numpy_bert import bert_states
 from numpy_model import read_weights
-from tiny_models import FLOAT_OPT, INT8_OPT, relative_error
+from tiny_models import INT8_OPT, relative_error
 
 from mlc_llm.artifact import read_chat_config, read_tensor_index
 from mlc_llm.compiler.compile import CompileOptions, compile_model
-from mlc_llm.engine.embedding import EmbeddingModel, open_embedding_model
 from mlc_llm.errors import ContextTooLong, CorruptFile, OptionError, UnsupportedModel
 from mlc_llm.models.registry import get_family
-from mlc_llm.prepare.progress import NullProgress
-from mlc_llm.prepare.resolve import convert_weights, read_model, write_chat_config_for
+from mlc_llm.prepare.resolve import read_model
 from mlc_llm.quantization.apply import plan_parameters
 from mlc_llm.quantization.group import dequantize_group
 from mlc_llm.quantization.schemes import get_scheme
 
 pytestmark = pytest.mark.cpu
 
-REFERENCES = Path(__file__).parent.parent / "encoder_references"
-CASES = [case["name"] for case in json.loads((REFERENCES / "cases.json").read_text())]
 BERTS = [name for name in CASES if name.startswith("bert")]
-
-
-class TinyEncoders:
-    """Artifacts and open models by case, quantization and options."""
-
-    def __init__(self, root: Path) -> None:
-        self._root = root
-        self._models: dict[tuple[str, ...], EmbeddingModel] = {}
-
-    def artifact(self, name: str, quantization: str = "q0f32") -> Path:
-        output = self._root / name / quantization
-        if not output.exists():
-            source = REFERENCES / name
-            write_chat_config_for(source, output, quantization=quantization)
-            convert_weights(source, output, quantization=quantization, progress=NullProgress())
-        return output
-
-    def model(self, name: str, quantization: str = "q0f32", opt: str = FLOAT_OPT) -> EmbeddingModel:
-        key = (name, quantization, opt)
-        if key not in self._models:
-            artifact = self.artifact(name, quantization)
-            options = CompileOptions("cpu", opt, {"model_task": "embedding"})
-            library = self._root / f"library-{len(self._models)}"
-            compile_model(read_chat_config(artifact), options, lambda _: None).save_objects(library)
-            self._models[key] = open_embedding_model(artifact, library, name=name)
-        return self._models[key]
-
-    def close(self) -> None:
-        for model in self._models.values():
-            model.close()
 
 
 @pytest.fixture(scope="module")
@@ -68,26 +33,6 @@ def encoders(tmp_path_factory: pytest.TempPathFactory) -> Any:
     made = TinyEncoders(tmp_path_factory.mktemp("encoders"))
     yield made
     made.close()
-
-
-def read_inputs(name: str) -> list[tuple[list[int], NDArray[np.float32]]]:
-    """Return the stored inputs and their states (n, hidden)."""
-    with np.load(REFERENCES / name / "reference.npz") as arrays:
-        count = len(arrays.files) // 2
-        return [(arrays[f"token_ids_{i}"].tolist(), arrays[f"states_{i}"]) for i in range(count)]
-
-
-def embed(model: EmbeddingModel, inputs: Sequence[list[int]]) -> NDArray[np.float32]:
-    return asyncio.run(model.embed(inputs))
-
-
-def pooled(name: str, states: NDArray[Any]) -> NDArray[Any]:
-    vector = {
-        "bert_mean": lambda: states.mean(axis=0),
-        "bert_cls_odd_sizes": lambda: states[0],
-        "qwen3_embedding": lambda: states[-1],
-    }[name]()
-    return vector / np.linalg.norm(vector)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -6,13 +6,13 @@ first that is found, or what MLC_LLM_TEST_DEVICE names.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
+from gpu_device import find_gpu
 from paged_sequence import PagedSequence
 from reference_cases import get_case
 from tiny_models import NUM_PAGES, PAGE_SIZE, TinyModels, relative_error, run_step
@@ -20,7 +20,6 @@ from tiny_models import NUM_PAGES, PAGE_SIZE, TinyModels, relative_error, run_st
 from mlc_llm.artifact import read_chat_config
 from mlc_llm.compiler.compile import CompileOptions, compile_model
 from mlc_llm.errors import DeviceError, LibraryMismatch
-from mlc_llm.gpus import GPU_KINDS, gpus_of
 from mlc_llm.runtime.library import load_library
 from mlc_llm.runtime.model import CompiledRunner
 from mlc_llm.runtime.pages import PagePool
@@ -39,15 +38,7 @@ SCHEMES = {"q0f16": 5e-3, "q4f16_1": 5e-3, "q4f32_1": 1e-4}
 
 @pytest.fixture(scope="module")
 def device() -> str:
-    if chosen := os.environ.get("MLC_LLM_TEST_DEVICE"):
-        return chosen
-    misses = []
-    for kind in GPU_KINDS:
-        try:
-            return f"{kind}:{gpus_of(kind)[0].id}"
-        except DeviceError as error:
-            misses.append(f"{kind}: {error}")
-    pytest.skip("; ".join(misses))
+    return find_gpu()
 
 
 class OnGPU:
