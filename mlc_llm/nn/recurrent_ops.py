@@ -1,7 +1,7 @@
 """Operations of recurrent layers, each a call of the kernel for its shape.
 
-Like `ops.py`. Operations that carry a state from token to token take the step and the state's name
-(see `PagedKV.states`) and write the state in place.
+Like `ops.py`; those for GPUs are in `gpu_recurrent.py`. Operations that carry a state from token to
+token take the step and the state's name (see `PagedKV.states`) and write the state in place.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from tvm.relax.frontend import nn
 
 from mlc_llm.kernels.cpu import delta_rule, linear, recurrence, recurrent_rows
 from mlc_llm.kernels.cpu.delta_rule import DeltaShape
+from mlc_llm.nn import gpu_recurrent
+from mlc_llm.nn.kernel_call import on_gpu
 from mlc_llm.nn.kv import PagedKV
 from mlc_llm.nn.ops import emit, kernel_of, linear_packed
 
@@ -35,6 +37,7 @@ def _advance(
     return result
 
 
+@on_gpu(gpu_recurrent.token_shift)
 def token_shift(x: nn.Tensor, kv: PagedKV, state: str) -> nn.Tensor:
     """Return for each row of x (n, width) the row of the token before."""
     width = int(x.shape[1])
@@ -42,6 +45,7 @@ def token_shift(x: nn.Tensor, kv: PagedKV, state: str) -> nn.Tensor:
     return _advance("token_shift", kernel, [x], kv, state, width)
 
 
+@on_gpu(gpu_recurrent.causal_conv)
 def causal_conv(x: nn.Tensor, weight: nn.Tensor, kv: PagedKV, state: str) -> nn.Tensor:
     """Return silu of the convolution over time; x (n, channels), weight (channels, 1, taps)."""
     channels, _, taps = (int(extent) for extent in weight.shape)
@@ -49,6 +53,7 @@ def causal_conv(x: nn.Tensor, weight: nn.Tensor, kv: PagedKV, state: str) -> nn.
     return _advance("causal_conv", kernel, [x, weight], kv, state, channels)
 
 
+@on_gpu(gpu_recurrent.wkv)
 def wkv(
     r: nn.Tensor,
     k: nn.Tensor,
@@ -69,6 +74,7 @@ def wkv(
     return _advance("wkv", kernel, [r, k, v, decay, bonus], kv, state, num_heads * head_size)
 
 
+@on_gpu(gpu_recurrent.gated_delta_rule)
 def gated_delta_rule(
     qkv: nn.Tensor,
     a: nn.Tensor,
@@ -85,12 +91,14 @@ def gated_delta_rule(
     return _advance("gated_delta_rule", kernel, args, kv, state, shape.num_heads * shape.value_dim)
 
 
+@on_gpu(gpu_recurrent.lerp)
 def lerp(x: nn.Tensor, y: nn.Tensor, weight: nn.Tensor) -> nn.Tensor:
     """Return x + (y - x) * weight; x, y (n, width), weight (1, 1, width)."""
     kernel = kernel_of(recurrent_rows.lerp, int(x.shape[1]), weight.dtype)
     return emit("lerp", kernel, [x, y, weight], x.shape)
 
 
+@on_gpu(gpu_recurrent.low_rank_lerp)
 def low_rank_lerp(
     x: nn.Tensor, y: nn.Tensor, low: nn.Tensor, up: nn.Tensor, base: nn.Tensor, part: int
 ) -> nn.Tensor:
@@ -100,6 +108,7 @@ def low_rank_lerp(
     return emit("low_rank_lerp", kernel, [x, y, low, up, base], x.shape)
 
 
+@on_gpu(gpu_recurrent.linear_in_out)
 def linear_in_out(x: nn.Tensor, weight: nn.Tensor) -> nn.Tensor:
     """Return x · weight for a weight stored as (in, out)."""
     in_features, out_features = (int(extent) for extent in weight.shape)
@@ -109,17 +118,20 @@ def linear_in_out(x: nn.Tensor, weight: nn.Tensor) -> nn.Tensor:
     return linear_packed(x, packed, None, out_features)
 
 
+@on_gpu(gpu_recurrent.tanh)
 def tanh(x: nn.Tensor) -> nn.Tensor:
     """Return tanh of x (n, width)."""
     return emit("tanh", kernel_of(recurrent_rows.tanh, int(x.shape[1])), [x], x.shape)
 
 
+@on_gpu(gpu_recurrent.dynamic_decay)
 def dynamic_decay(x: nn.Tensor, base: nn.Tensor) -> nn.Tensor:
     """Return exp(-exp(base + x)); x (n, width), base (1, 1, width)."""
     kernel = kernel_of(recurrent_rows.dynamic_decay, int(x.shape[1]), base.dtype)
     return emit("decay", kernel, [x, base], x.shape)
 
 
+@on_gpu(gpu_recurrent.static_decay)
 def static_decay(x: nn.Tensor) -> nn.Tensor:
     """Return exp(-exp(x)) of a parameter (heads, size) as (1, heads * size) float32."""
     num_heads, head_size = (int(extent) for extent in x.shape)
@@ -127,6 +139,7 @@ def static_decay(x: nn.Tensor) -> nn.Tensor:
     return emit("decay", kernel, [x], [1, num_heads * head_size])
 
 
+@on_gpu(gpu_recurrent.gated_group_norm)
 def gated_group_norm(
     x: nn.Tensor, gate: nn.Tensor, weight: nn.Tensor, bias: nn.Tensor, num_heads: int, eps: float
 ) -> nn.Tensor:
@@ -136,6 +149,7 @@ def gated_group_norm(
     return emit("gated_norm", kernel, [x, gate, weight, bias], x.shape)
 
 
+@on_gpu(gpu_recurrent.gated_rms_norm)
 def gated_rms_norm(x: nn.Tensor, gate: nn.Tensor, weight: nn.Tensor, eps: float) -> nn.Tensor:
     """Return the norm of each head times weight (dim) and silu(gate); x (n, heads * dim)."""
     head_dim = int(weight.shape[0])
@@ -145,6 +159,7 @@ def gated_rms_norm(x: nn.Tensor, gate: nn.Tensor, weight: nn.Tensor, eps: float)
     return emit("gated_norm", kernel, [x, gate, weight, bias], x.shape)
 
 
+@on_gpu(gpu_recurrent.sigmoid_mul)
 def sigmoid_mul(x: nn.Tensor, gate: nn.Tensor) -> nn.Tensor:
     """Return x * sigmoid(gate), both (n, width)."""
     width = int(x.shape[1])
@@ -152,6 +167,7 @@ def sigmoid_mul(x: nn.Tensor, gate: nn.Tensor) -> nn.Tensor:
     return emit("sigmoid_mul", kernel, [x, gate], x.shape)
 
 
+@on_gpu(gpu_recurrent.gate_heads)
 def gate_heads(x: nn.Tensor, gated: nn.Tensor, num_heads: int) -> nn.Tensor:
     """Return x (n, heads * dim) times sigmoid of the gates in `gated`, see `drop_gates`."""
     head_dim = int(x.shape[1]) // num_heads
@@ -159,6 +175,7 @@ def gate_heads(x: nn.Tensor, gated: nn.Tensor, num_heads: int) -> nn.Tensor:
     return emit("gate_heads", kernel_of(recurrent_rows.sigmoid_mul, *args), [x, gated], x.shape)
 
 
+@on_gpu(gpu_recurrent.drop_gates)
 def drop_gates(gated: nn.Tensor, num_heads: int, num_kv_heads: int, head_dim: int) -> nn.Tensor:
     """Return [q; k; v] of rows [q and gate of each head in turn; k; v]."""
     kernel = kernel_of(recurrent_rows.drop_gates, num_heads, num_kv_heads, head_dim)
