@@ -3,85 +3,22 @@
 from __future__ import annotations
 
 import random
-from collections import defaultdict
-from typing import Any
 
 import numpy as np
 import pytest
-from fakes import PAGE_SIZE, VOCAB_SIZE, FakeRunner, next_token, only
+from fake_engines import (
+    Collector,
+    ask,
+    continuation,
+    make_engine,
+    prompt_of,
+    run,
+    runner_of,
+)
+from fakes import PAGE_SIZE, VOCAB_SIZE, next_token, only
 
-from mlc_llm.engine.engine import Engine
-from mlc_llm.engine.request import Output, Request
+from mlc_llm.engine.request import Request
 from mlc_llm.engine.sampling import SamplingParams
-from mlc_llm.errors import ContextTooLong, RequestError, StepFailed
-
-GREEDY = SamplingParams(temperature=0.0, max_tokens=8)
-
-
-def make_engine(num_pages: int = 64, **changes: Any) -> Engine:
-    values: dict[str, Any] = {
-        "context_window_size": 512,
-        "prefill_chunk_size": 64,
-        "max_batch_size": 8,
-    }
-    engine_keys = ("max_num_sequence", "has_prefix_cache", "max_idle_pages", "mixes_prompts")
-    options = {key: changes.pop(key) for key in engine_keys if key in changes}
-    runner = FakeRunner(num_pages=num_pages, **{**values, **changes})
-    return Engine(runner, **options)
-
-
-def runner_of(engine: Engine) -> FakeRunner:
-    runner = engine._runner
-    assert isinstance(runner, FakeRunner)
-    return runner
-
-
-def continuation(prompt: list[int], count: int) -> list[int]:
-    tokens = list(prompt)
-    for _ in range(count):
-        tokens.append(next_token(tokens))
-    return tokens[len(prompt) :]
-
-
-def ask(name: str, prompt: list[int], count: int = 8, **changes: Any) -> Request:
-    return Request(name, prompt, GREEDY.with_changes(max_tokens=count), **changes)
-
-
-class Collector:
-    """What an engine has said, by request and sequence."""
-
-    def __init__(self) -> None:
-        self.tokens: dict[tuple[str, int], list[int]] = defaultdict(list)
-        self.ends: dict[tuple[str, int], Output] = {}
-
-    def take(self, outputs: list[Output]) -> None:
-        for output in outputs:
-            key = (output.request_id, output.index)
-            assert key not in self.ends, "a sequence went on after its end"
-            if output.token_id is not None:
-                self.tokens[key].append(output.token_id)
-            if output.finish_reason is not None:
-                self.ends[key] = output
-            assert (output.error is not None) == (output.finish_reason == "error")
-
-
-def run(engine: Engine, *requests: Request, max_steps: int = 2000) -> Collector:
-    collector = Collector()
-    for request in requests:
-        engine.add(request)
-    for _ in range(max_steps):
-        if not engine.has_work:
-            break
-        collector.take(engine.step())
-        engine.check_integrity()
-    assert not engine.has_work, "the engine does not come to an end"
-    assert engine.load().num_used_pages == 0
-    return collector
-
-
-def prompt_of(length: int, seed: int = 0) -> list[int]:
-    rng = random.Random(seed * 1000 + length)
-    return [rng.randrange(3, VOCAB_SIZE) for _ in range(length)]
 
 
 def test_requests_of_all_lengths_say_what_they_say_alone() -> None:
@@ -313,85 +250,6 @@ def test_prompt_logprobs_are_those_of_each_place() -> None:
         assert entry.logprob == pytest.approx(
             (50 if likeliest == prompt[place] else 0) - log_sum, rel=1e-5, abs=1e-5
         )
-
-
-@pytest.mark.parametrize(
-    ("request_", "error", "message"),
-    [
-        (ask("r", []), RequestError, "empty"),
-        (ask("r", [3, -1]), RequestError, "token -1 is outside"),
-        (ask("r", [VOCAB_SIZE]), RequestError, f"token {VOCAB_SIZE} is outside"),
-        (ask("r", [3] * 512), ContextTooLong, "512 tokens.*shorten"),
-        (ask("r", [3], n=0), RequestError, "n must be"),
-    ],
-)
-def test_bad_requests_are_refused(request_: Request, error: type, message: str) -> None:
-    engine = make_engine()
-    with pytest.raises(error, match=message):
-        engine.add(request_)
-    assert not engine.has_work
-
-
-def test_id_in_use_is_refused() -> None:
-    engine = make_engine()
-    engine.add(ask("a", [5]))
-    with pytest.raises(RequestError, match="'a' is in use"):
-        engine.add(ask("a", [6]))
-    assert run(engine).tokens["a", 0] == continuation([5], 8)
-
-
-def test_failed_step_fails_its_requests_alone() -> None:
-    engine = make_engine(max_num_sequence=2)
-    for name in ("a", "b", "waits"):
-        engine.add(ask(name, prompt_of(20), 10))
-    said = Collector()
-    said.take(engine.step())
-    runner_of(engine).error = RuntimeError("secret path /tmp/x")
-    said.take(engine.step())
-    engine.check_integrity()
-    for name in ("a", "b"):
-        error = said.ends[name, 0].error
-        assert isinstance(error, StepFailed) and "secret" not in str(error)
-    assert engine.load().num_used_pages == 0
-    while engine.has_work:
-        said.take(engine.step())
-    assert said.tokens["waits", 0] == continuation(prompt_of(20), 10)
-
-
-def test_engine_that_only_fails_says_so() -> None:
-    engine = make_engine()
-
-    def fail(tokens: list[int]) -> np.ndarray:
-        raise RuntimeError("broken for good")
-
-    runner_of(engine).logits_of = fail
-    for number in range(2):
-        engine.add(ask(f"r{number}", prompt_of(5)))
-        assert [output.finish_reason for output in engine.step()] == ["error"]
-    engine.add(ask("last", prompt_of(5)))
-    with pytest.raises(RuntimeError, match="for good"):
-        engine.step()
-    engine.check_integrity()
-    runner_of(engine).logits_of = lambda tokens: only(next_token(tokens))
-    assert run(engine, ask("again", prompt_of(5))).tokens["again", 0] == continuation(
-        prompt_of(5), 8
-    )
-
-
-def test_row_that_cannot_be_sampled_fails_alone() -> None:
-    engine = make_engine()
-    bad = prompt_of(20, 1)
-
-    def logits_of(tokens: list[int]) -> np.ndarray:
-        if tokens[:20] == bad and len(tokens) == 23:
-            return np.full(VOCAB_SIZE, np.nan, np.float32)
-        return only(next_token(tokens))
-
-    runner_of(engine).logits_of = logits_of
-    said = run(engine, ask("good", prompt_of(20)), ask("bad", bad))
-    assert said.tokens["good", 0] == continuation(prompt_of(20), 8)
-    assert said.ends["bad", 0].finish_reason == "error"
-    assert said.tokens["bad", 0] == continuation(bad, 3)
 
 
 @pytest.mark.parametrize("seed", range(6))
