@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from fakes import FakeRunner, next_token
+from fakes import FakeRunner
 
 from mlc_llm.engine.engine import Engine
 from mlc_llm.engine.request import Output, Request
@@ -52,13 +52,6 @@ def runner_of(engine: Engine) -> SlowRunner:
 
 def ask(name: str = "r", count: int | None = 8, prompt: list[int] | None = None, **changes: Any):
     return Request(name, prompt or [5, 6, 7], GREEDY.with_changes(max_tokens=count), **changes)
-
-
-def continuation(prompt: list[int], count: int) -> list[int]:
-    tokens = list(prompt)
-    for _ in range(count):
-        tokens.append(next_token(tokens))
-    return tokens[len(prompt) :]
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ import random
 from collections import defaultdict
 from typing import Any
 
-from fakes import VOCAB_SIZE, FakeRunner, next_token
+from fakes import VOCAB_SIZE, FakeRunner
 
 from mlc_llm.engine.engine import Engine
 from mlc_llm.engine.request import Output, Request
@@ -31,13 +31,6 @@ def runner_of(engine: Engine) -> FakeRunner:
     runner = engine._runner
     assert isinstance(runner, FakeRunner)
     return runner
-
-
-def continuation(prompt: list[int], count: int) -> list[int]:
-    tokens = list(prompt)
-    for _ in range(count):
-        tokens.append(next_token(tokens))
-    return tokens[len(prompt) :]
 
 
 def ask(name: str, prompt: list[int], count: int = 8, **changes: Any) -> Request:

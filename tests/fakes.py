@@ -52,6 +52,14 @@ def next_token(tokens: Sequence[int]) -> int:
     return 3 + mixed % (VOCAB_SIZE - 3)
 
 
+def continuation(prompt: list[int], count: int = 8) -> list[int]:
+    """Return what the fake runner says after a prompt, from its definition."""
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(next_token(tokens))
+    return tokens[len(prompt) :]
+
+
 def only(token: int, vocab_size: int = VOCAB_SIZE) -> Logits:
     """Return logits by which nothing but `token` is likely."""
     logits = np.zeros(vocab_size, np.float32)

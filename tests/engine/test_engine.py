@@ -9,13 +9,12 @@ import pytest
 from fake_engines import (
     Collector,
     ask,
-    continuation,
     make_engine,
     prompt_of,
     run,
     runner_of,
 )
-from fakes import PAGE_SIZE, VOCAB_SIZE, next_token, only
+from fakes import PAGE_SIZE, VOCAB_SIZE, continuation, next_token, only
 
 from mlc_llm.engine.request import Request
 from mlc_llm.engine.sampling import SamplingParams

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from fakes import VOCAB_SIZE, FakeRunner, next_token, only
+from fakes import VOCAB_SIZE, FakeRunner, continuation, next_token, only
 
 from mlc_llm.engine.scheduler import Scheduler
 from mlc_llm.engine.session import ChatSession, SamplingParams
@@ -19,14 +19,6 @@ PROMPT = list(range(10, 30))
 
 def greedy(count: int, **changes: object) -> SamplingParams:
     return GREEDY.with_changes(max_tokens=count, **changes)
-
-
-def continuation(prompt: list[int], count: int) -> list[int]:
-    """Return what the fake runner says after a prompt, from its definition."""
-    tokens = list(prompt)
-    for _ in range(count):
-        tokens.append(next_token(tokens))
-    return tokens[len(prompt) :]
 
 
 def check_pages(session: ChatSession) -> None:

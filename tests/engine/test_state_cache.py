@@ -6,7 +6,7 @@ import random
 from typing import Any
 
 import pytest
-from fakes import NO_KV, PAGE_SIZE, STATES, VOCAB_SIZE, FakeRunner, next_token
+from fakes import NO_KV, PAGE_SIZE, STATES, VOCAB_SIZE, FakeRunner, continuation
 
 from mlc_llm.artifact import KVCacheLayout
 from mlc_llm.engine.engine import Engine
@@ -59,13 +59,6 @@ def collect(outputs: list[Output], said: dict[tuple[str, int], list[int]]) -> No
         assert output.error is None
         if output.token_id is not None:
             said.setdefault((output.request_id, output.index), []).append(output.token_id)
-
-
-def continuation(prompt: list[int], count: int = 8) -> list[int]:
-    tokens = list(prompt)
-    for _ in range(count):
-        tokens.append(next_token(tokens))
-    return tokens[len(prompt) :]
 
 
 def prompt_of(length: int, seed: int = 0) -> list[int]:

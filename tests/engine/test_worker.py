@@ -15,7 +15,6 @@ from engine_workers import (
     GREEDY,
     LONG,
     ask,
-    continuation,
     is_idle,
     make_engine,
     read,
@@ -24,7 +23,7 @@ from engine_workers import (
     tokens_of,
     until,
 )
-from fakes import VOCAB_SIZE
+from fakes import VOCAB_SIZE, continuation
 
 from mlc_llm.engine.engine import Engine
 from mlc_llm.engine.request import Request

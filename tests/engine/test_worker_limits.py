@@ -9,7 +9,6 @@ import pytest
 from engine_workers import (
     LONG,
     ask,
-    continuation,
     is_idle,
     make_engine,
     read,
@@ -18,6 +17,7 @@ from engine_workers import (
     tokens_of,
     until,
 )
+from fakes import continuation
 
 from mlc_llm.engine.worker import EngineWorker
 from mlc_llm.errors import (
