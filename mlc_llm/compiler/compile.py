@@ -153,7 +153,8 @@ def _compile_for_gpu(
     progress("generate code")
     with _stage_errors("code generation"), making_machine_code(described["target"]):
         executable = _build(mod, target, options.system_prefix)
-    return CompiledModel(metadata, executable, entries.steps, None, options.system_prefix or "")
+    prefix = options.system_prefix or ""
+    return CompiledModel(metadata, executable, entries.steps, IMAGE_ENTRY, prefix)
 
 
 def _lower(

@@ -1,23 +1,27 @@
 """The entries of libraries that the engine runs on GPUs: those of CPUs, and copies of pages.
 
 Weights are used as the artifact stores them, in the order of the metadata; there is nothing to
-pack. A step of one token has an entry of its own, whose kernels know that there is one row.
+pack. A step of one token of text has an entry of its own, whose kernels know that there is one row.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from tvm.relax.frontend import nn
 from tvm.relax.frontend.nn import spec
 
 from mlc_llm.errors import UnsupportedModel
-from mlc_llm.models.base import STEP_ENTRIES, CausalLM
+from mlc_llm.models.base import STEP_ENTRIES, CausalLM, as_float32
+from mlc_llm.models.vision import IMAGE_ENTRY, VisionLM
 from mlc_llm.nn import gpu_attention
 
 # Steps of any number of tokens, and of one.
 FORWARD, FORWARD_SINGLE = STEP_ENTRIES["chat"], "forward_single"
 COPY_PAGES = "copy_pages"
+# What a step brings beside text.
+_IMAGE_ARGUMENTS = ("image_rows", "image_embeds")
 _SINGLE = {"n": 1, "num_starts": 2, "b": 1, "r": 1}
 
 
@@ -28,8 +32,6 @@ class GPUEntries:
     """
 
     def __init__(self, model: CausalLM, task: str) -> None:
-        if model.image_inputs is not None:
-            raise UnsupportedModel("it takes images, and GPU libraries take text only yet")
         if model.state_specs():
             raise UnsupportedModel("it has recurrent state, which GPU libraries do not hold yet")
         self.model, self.task = model, task
@@ -39,28 +41,45 @@ class GPUEntries:
         """Copy pages of one layer, in place; sources, targets (m) int32."""
         return gpu_attention.copy_pages(pages, sources, targets)
 
+    def embed_image(self, pixels: nn.Tensor) -> nn.Tensor:
+        """Return the rows (num_rows, hidden) float32 of a view (3, size, size) float32."""
+        assert isinstance(self.model, VisionLM)
+        dtype = self.model.dtype_name
+        seen = pixels if dtype == "float32" else nn.op.astype(pixels, dtype)
+        return as_float32(self.model.embed_image(seen))
+
     def export_spec(self) -> spec.ModuleSpec:
         """Return the signatures of the entries for the exporter, with symbolic sizes."""
+        entries = self.model.entry_specs(self.task)
         name = STEP_ENTRIES[self.task]
-        step, run = self.model.entry_specs(self.task)[name], getattr(self.model, name)
-        step["$"] = {"param_mode": "packed", "effect_mode": "none"}
+        step, run = _arguments(entries[name]), getattr(self.model, name)
+        text = {key: value for key, value in step.items() if key not in _IMAGE_ARGUMENTS}
         numbers = spec.Tensor(["m"], "int32")
-        copy = {
-            "pages": step["kv_pages"][0],
-            "sources": numbers,
-            "targets": numbers,
-            "$": {"param_mode": "none", "effect_mode": "none"},
-        }
-        raw_steps = (step, _of_one_token(step))  # no one waits for a text of one token
-        methods = [
-            *((name, raw, run) for name, raw in zip(self.steps, raw_steps, strict=False)),
-            (COPY_PAGES, copy, self.copy_pages),
-        ]
-        return spec.ModuleSpec(
-            self.model,
-            [name for name, _, _ in methods],
-            [spec.MethodSpec.from_raw(raw, method) for _, raw, method in methods],
-        )
+        copy = {"pages": step["kv_pages"][0], "sources": numbers, "targets": numbers}
+        methods = {COPY_PAGES: _method(copy, self.copy_pages, has_weights=False)}
+        if isinstance(self.model, VisionLM):
+            methods[name] = _method(step, self.model.forward_with_images)
+            methods[IMAGE_ENTRY] = _method(_arguments(entries[IMAGE_ENTRY]), self.embed_image)
+        else:
+            methods[name] = _method(step, run)
+        if self.task == "chat":
+            methods[FORWARD_SINGLE] = _method(_of_one_token(text), run)
+        return spec.ModuleSpec(self.model, list(methods), list(methods.values()))
+
+
+def _arguments(entry: spec.MethodSpec | dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of an entry, but for weights."""
+    if isinstance(entry, spec.MethodSpec):
+        values = [list(s.elements) if isinstance(s, spec.Tuple) else s for s in entry.arg_specs]
+        return dict(zip(entry.arg_names, values, strict=True))
+    return {name: value for name, value in entry.items() if name != "$"}
+
+
+def _method(
+    arguments: dict[str, Any], method: Callable[..., Any], has_weights: bool = True
+) -> spec.MethodSpec:
+    mode = {"param_mode": "packed" if has_weights else "none", "effect_mode": "none"}
+    return spec.MethodSpec.from_raw({**arguments, "$": mode}, method)
 
 
 def _of_one_token(step: dict[str, Any]) -> dict[str, Any]:

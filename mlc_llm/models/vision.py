@@ -9,7 +9,7 @@ from tvm.relax.frontend.nn import spec
 
 from mlc_llm.errors import UnsupportedModel
 from mlc_llm.images.inputs import ImageInputs
-from mlc_llm.models.base import CausalLM, DecoderLM
+from mlc_llm.models.base import CausalLM, DecoderLM, as_float32
 from mlc_llm.nn import image_ops, ops
 from mlc_llm.nn.kv import PagedKV
 from mlc_llm.nn.ops import Rows
@@ -72,7 +72,8 @@ class VisionLM(CausalLM):
         text = self.text.embed(token_ids)
         mixed = image_ops.put_image_rows(text, image_rows, image_embeds)
         hidden = self.text.decoder(mixed, kv)
-        return self.logits(self.final_norm(ops.take_rows(hidden, logit_rows))), kv.pages
+        logits = self.logits(self.final_norm(ops.take_rows(hidden, logit_rows)))
+        return as_float32(logits), kv.pages
 
     def entry_specs(self, task: str) -> dict[str, Any]:
         """Return the specification of each entry by its name."""

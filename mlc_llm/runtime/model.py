@@ -54,7 +54,8 @@ class CompiledRunner:
         tensors = [self._memory.put(array) for array in parameters]
         end = len(tensors) - (0 if self._images is None else self._images.num_packed)
         self._parameters = tvm_ffi.Array(tensors[:end])
-        self._image_parameters = tvm_ffi.Array(tensors[end:])
+        # Entries of GPUs take all.
+        self._image_parameters = tvm_ffi.Array(tensors if self._is_gpu else tensors[end:])
         self._pages = tvm_ffi.Array(self._make_pages())
         self._num_state_slots = num_state_slots if self._metadata.states else 0
         self._states = tvm_ffi.Array(
@@ -72,12 +73,14 @@ class CompiledRunner:
         self._max_rows = max(chunk, limits.max_batch_size)
         self._embed_image: Any = None if self._images is None else machine["embed_image"]
         # What steps without images are given.
-        self._no_image = np.zeros((1, 0 if self._images is None else self._images.width), "f4")
+        width = 0 if self._images is None else self._images.width
+        self._no_image = self._memory.zeros((1, width), "float32") if width else None
         self._sample: Any = None
+        self._run_single: Any = None
         if not is_encoder:
             self._sample = _sampler_on_host(library) if self._is_gpu else machine["sample"]
         if self._is_gpu:
-            self._run_single: Any = None if is_encoder else machine["forward_single"]
+            self._run_single = None if is_encoder else machine["forward_single"]
             self._copy_pages: Any = machine["copy_pages"]
             self._try_out(library.device)
 
@@ -147,18 +150,18 @@ class CompiledRunner:
         if self._states:
             assert step.state_slots is not None
             arrays.append(step.state_slots)
-        if self._images is not None:
+        is_single = len(step.token_ids) == len(step.context_len) == num_rows == 1
+        # One of text has an entry of its own.
+        is_single = is_single and self._run_single is not None and step.image_rows is None
+        if self._images is not None and not is_single:
             no_rows = np.full(len(step.token_ids), -1, np.int32)
             arrays.append(no_rows if step.image_rows is None else step.image_rows)
         inputs = self._memory.place(arrays)
         states = [inputs.pop(), self._states] if self._states else []
-        if self._images is not None:
-            embeds = self._no_image if step.image_embeds is None else step.image_embeds
-            inputs.append(self._memory.put(embeds))
-        run = self._run_step
-        is_single = len(step.token_ids) == len(step.context_len) == num_rows == 1
-        if self._is_gpu and is_single and self._run_single is not None:
-            run = self._run_single
+        if self._images is not None and not is_single:
+            embeds = step.image_embeds
+            inputs.append(self._no_image if embeds is None else self._memory.put(embeds))
+        run = self._run_single if is_single else self._run_step
         rows: NDArray[np.float32] = self._memory.array(
             run(*inputs, self._pages, *states, self._parameters)[0]
         )
