@@ -98,7 +98,7 @@ class TinyModels:
 
         loaded = load_library(self._made(output, make), device)
         parameters = load_parameters(artifact, loaded, lambda _: None)
-        return CompiledRunner(loaded, parameters, NUM_PAGES)
+        return CompiledRunner(loaded, parameters, NUM_PAGES, NUM_PAGES)
 
     def runner(
         self, name: str, quantization: str = "q0f32", opt: str = FLOAT_OPT, **overrides: Any

@@ -12,7 +12,6 @@ from typing import Any
 from tvm.relax.frontend import nn
 from tvm.relax.frontend.nn import spec
 
-from mlc_llm.errors import UnsupportedModel
 from mlc_llm.models.base import STEP_ENTRIES, CausalLM, as_float32
 from mlc_llm.models.vision import IMAGE_ENTRY, VisionLM
 from mlc_llm.nn import gpu_attention
@@ -32,8 +31,6 @@ class GPUEntries:
     """
 
     def __init__(self, model: CausalLM, task: str) -> None:
-        if model.state_specs():
-            raise UnsupportedModel("it has recurrent state, which GPU libraries do not hold yet")
         self.model, self.task = model, task
         self.steps = (FORWARD, FORWARD_SINGLE) if task == "chat" else (STEP_ENTRIES[task],)
 
@@ -55,8 +52,10 @@ class GPUEntries:
         step, run = _arguments(entries[name]), getattr(self.model, name)
         text = {key: value for key, value in step.items() if key not in _IMAGE_ARGUMENTS}
         numbers = spec.Tensor(["m"], "int32")
-        copy = {"pages": step["kv_pages"][0], "sources": numbers, "targets": numbers}
-        methods = {COPY_PAGES: _method(copy, self.copy_pages, has_weights=False)}
+        methods = {}
+        for pages in step["kv_pages"][:1]:  # none, where every layer has a state instead
+            copy = {"pages": pages, "sources": numbers, "targets": numbers}
+            methods[COPY_PAGES] = _method(copy, self.copy_pages, has_weights=False)
         if isinstance(self.model, VisionLM):
             methods[name] = _method(step, self.model.forward_with_images)
             methods[IMAGE_ENTRY] = _method(_arguments(entries[IMAGE_ENTRY]), self.embed_image)

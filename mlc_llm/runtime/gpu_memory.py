@@ -114,6 +114,13 @@ class GPUMemory:
             self._copy_out(tensor, array.ctypes.data_as(ctypes.c_void_p), array.nbytes)
         return array
 
+    def copy_item(self, tensor: Any, source: int, target: int) -> None:
+        """Copy an item of the first dimension over another one."""
+        if source != target:
+            size = int(np.prod(tensor.shape[1:], dtype=np.int64))
+            size *= numpy_dtype(str(tensor.dtype)).itemsize
+            self.copy(*(self._bytes_of(tensor, item * size, size) for item in (source, target)))
+
     def wait(self) -> None:
         """Return when all that was started has ended."""
         self._wait(self._device, 0)

@@ -115,3 +115,8 @@ class HostMemory:
     def array(self, tensor: Any) -> NDArray[Any]:
         """Return a tensor's content, which changes with it."""
         return as_array(tensor)
+
+    def copy_item(self, tensor: Any, source: int, target: int) -> None:
+        """Copy an item of the first dimension over another one."""
+        array = as_array(tensor)
+        array[target] = array[source]

@@ -81,13 +81,16 @@ class CompiledRunner:
             self._sample = _sampler_on_host(library) if self._is_gpu else machine["sample"]
         if self._is_gpu:
             self._run_single = None if is_encoder else machine["forward_single"]
-            self._copy_pages: Any = machine["copy_pages"]
+            self._copy_pages: Any = machine["copy_pages"] if self._pages else None
             self._try_out(library.device)
 
     def _try_out(self, device: Device) -> None:
-        """Run a kernel, for which drivers make the library's code. Raises DeviceError."""
+        """Run kernels, for which drivers make the library's code. Raises DeviceError."""
         try:
-            self.copy_pages([0], [0])
+            if self._pages:
+                self.copy_pages([0], [0])
+            else:
+                self.forward(_first_token())
             self._memory.wait()
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[-1]
@@ -203,10 +206,9 @@ class CompiledRunner:
 
     def copy_states(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Copy slots of recurrent state, one after the other: a target may be a later source."""
-        arrays = [as_array(tensor) for tensor in self._states]
         for source, target in zip(sources, targets, strict=True):
-            for array in arrays:
-                array[target] = array[source]
+            for state in self._states:
+                self._memory.copy_item(state, source, target)
 
     def touch_pages(self) -> None:
         """Write zeros to all pages: memory that was never written costs nothing to read."""
@@ -218,6 +220,21 @@ class CompiledRunner:
         self._run_step = self._sample = self._pages = self._parameters = None
         self._run_single = self._copy_pages = None
         self._embed_image = self._image_parameters = self._states = None
+
+
+def _first_token() -> Step:
+    """Return a step that begins a sequence without pages in the first slot of states."""
+    zero = np.zeros(1, np.int32)
+    return Step(
+        token_ids=zero,
+        positions=zero,
+        slots=zero,
+        query_start=np.array([0, 1], np.int32),
+        page_table=zero.reshape(1, 1),
+        context_len=zero + 1,
+        logit_rows=zero,
+        state_slots=zero,
+    )
 
 
 def _sampler_on_host(library: Library) -> Any:

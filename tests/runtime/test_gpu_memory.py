@@ -63,6 +63,14 @@ def test_inputs_take_the_memory_of_the_last_call(memory) -> None:
     np.testing.assert_array_equal(memory.array(tensor), again[0])
 
 
+def test_items_are_copied(memory) -> None:
+    array = np.arange(24, dtype=np.float32).reshape(4, 2, 3)
+    tensor = memory.put(array)
+    for source, target in ((1, 3), (3, 0), (2, 2)):
+        memory.copy_item(tensor, source, target)
+    np.testing.assert_array_equal(memory.array(tensor), array[[1, 1, 2, 1]])
+
+
 def test_free_memory(memory) -> None:
     assert free_gpu_bytes(CPU) > 1 << 20
     assert device_code(CPU) == 1

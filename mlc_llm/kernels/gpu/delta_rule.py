@@ -5,12 +5,13 @@ Arguments that say where sequences and their states are: see `recurrence.py`.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from tvm.script import tirx as T
 
 from mlc_llm.kernels.cpu.delta_rule import DeltaShape
-from mlc_llm.kernels.gpu.state_grid import StateGrid, load_state, store_state
+from mlc_llm.kernels.gpu.state_grid import StateGrid, load_items, load_state, store_state
 
 _EPS = 1e-6  # beside squared lengths of queries and keys
 
@@ -26,6 +27,7 @@ def gated_delta_rule(shape: DeltaShape, dtype: str, gate_dtype: str) -> Any:
     num_heads, key_dim, value_dim = shape.num_heads, shape.key_dim, shape.value_dim
     grid = StateGrid(key_dim, value_dim)
     row_step, deep, across = grid.row_step, grid.deep, grid.across
+    lanes = math.gcd(grid.lanes, shape.width)
     shared = num_heads // shape.num_key_heads
     k_start = shape.num_key_heads * key_dim
     v_start = 2 * k_start
@@ -78,6 +80,8 @@ def gated_delta_rule(shape: DeltaShape, dtype: str, gate_dtype: str) -> Any:
                     held = T.alloc_buffer((row_step,), "float32", scope="local")
                     # S^T k and S^T q of the column; k . k, q . q and k . q.
                     dot = T.alloc_buffer((5,), "float32", scope="local")
+                    k_items = T.alloc_buffer((row_step,), dtype, scope="local")
+                    q_items = T.alloc_buffer((row_step,), dtype, scope="local")
                     pair = T.alloc_buffer((2,), "float32", scope="local")  # items of k and of q
                     gate = T.alloc_buffer((2,), "float32", scope="local")
                     change = T.alloc_buffer((1,), "float32", scope="local")
@@ -100,11 +104,13 @@ def gated_delta_rule(shape: DeltaShape, dtype: str, gate_dtype: str) -> Any:
                     )
                     for t in T.serial(span[1] - span[0]):
                         row: T.let = span[0] + t
+                        load_items(qkv, k_items, row, k_start + first, row_step, lanes)
+                        load_items(qkv, q_items, row, first, row_step, lanes)
                         for i in T.unroll(5):
                             dot[i] = T.float32(0)
                         for j in T.unroll(row_step):
-                            pair[0] = T.Cast("float32", qkv[row, k_start + first + j])
-                            pair[1] = T.Cast("float32", qkv[row, first + j])
+                            pair[0] = T.Cast("float32", k_items[j])
+                            pair[1] = T.Cast("float32", q_items[j])
                             dot[0] = dot[0] + held[j] * pair[0]
                             dot[1] = dot[1] + held[j] * pair[1]
                             dot[2] = dot[2] + pair[0] * pair[0]
@@ -132,10 +138,7 @@ def gated_delta_rule(shape: DeltaShape, dtype: str, gate_dtype: str) -> Any:
                         )
                         change[0] = change[0] * dot[2]  # what a key that is no unit yet is to add
                         for j in T.unroll(row_step):
-                            held[j] = (
-                                gate[0] * held[j]
-                                + T.Cast("float32", qkv[row, k_start + first + j]) * change[0]
-                            )
+                            held[j] = gate[0] * held[j] + T.Cast("float32", k_items[j]) * change[0]
                         if y == 0 and column < value_dim:
                             out[row, h * value_dim + c] = dot[3] * (
                                 gate[0] * dot[1] + dot[4] * change[0]

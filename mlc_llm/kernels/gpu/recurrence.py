@@ -11,7 +11,7 @@ from typing import Any
 
 from tvm.script import tirx as T
 
-from mlc_llm.kernels.gpu.state_grid import StateGrid, load_state, store_state
+from mlc_llm.kernels.gpu.state_grid import StateGrid, load_items, load_state, store_state
 
 # Threads of a block; every GPU has so many.
 THREADS = 256
@@ -49,9 +49,9 @@ def token_shift(width: int, dtype: str) -> Any:
             ):
                 for thread in T.thread_binding(THREADS, thread="threadIdx.x"):
                     t: T.let = (block * THREADS + thread) // width
-                    c: T.let = (block * THREADS + thread) % width
+                    i: T.let = (block * THREADS + thread) % width
                     if t + 1 < n:
-                        out[t + 1, c] = x[t, c]
+                        out[t + 1, i] = x[t, i]
         for block in T.thread_binding(
             (batch * width + THREADS - 1) // THREADS, thread="blockIdx.x"
         ):
@@ -180,10 +180,12 @@ def causal_conv(channels: int, taps: int, dtype: str, weight_dtype: str) -> Any:
                 (batch * channels + THREADS - 1) // THREADS, thread="blockIdx.x"
             ):
                 for thread in T.thread_binding(THREADS, thread="threadIdx.x"):
-                    s: T.let = (block * THREADS + thread) // channels
-                    c: T.let = (block * THREADS + thread) % channels
-                    if s < batch:
-                        keep(x, positions, query_start, slots, state, s, c)
+                    index: T.let = block * THREADS + thread
+                    if index < batch * channels:
+                        keep(
+                            *(x, positions, query_start, slots, state),
+                            *(index // channels, index % channels),
+                        )
 
     return causal_conv_kernel
 
@@ -197,6 +199,7 @@ def wkv(num_heads: int, head_size: int, dtype: str, bonus_dtype: str, is_dynamic
     """
     grid = StateGrid(head_size, head_size)
     width, row_step, deep, across = num_heads * head_size, grid.row_step, grid.deep, grid.across
+    lanes = grid.lanes
 
     @T.prim_func(private=True, s_tir=True)
     def wkv_kernel(
@@ -229,6 +232,10 @@ def wkv(num_heads: int, head_size: int, dtype: str, bonus_dtype: str, is_dynamic
             for by in T.thread_binding(num_heads * grid.tiles, thread="blockIdx.y"):
                 for thread in T.thread_binding(grid.threads, thread="threadIdx.x"):
                     held = T.alloc_buffer((row_step,), "float32", scope="local")
+                    r_items = T.alloc_buffer((row_step,), dtype, scope="local")
+                    k_items = T.alloc_buffer((row_step,), dtype, scope="local")
+                    w_items = T.alloc_buffer((row_step,), "float32", scope="local")
+                    u_items = T.alloc_buffer((row_step,), bonus_dtype, scope="local")
                     total = T.alloc_buffer((3,), "float32", scope="local")
                     span = T.alloc_buffer((2,), "int32", scope="local")
                     # In turns, so that one token's sums are read while the next one's are written.
@@ -239,6 +246,10 @@ def wkv(num_heads: int, head_size: int, dtype: str, bonus_dtype: str, is_dynamic
                     column: T.let = by % grid.tiles * across + x
                     # Columns past the end compute what is there already, and write nothing.
                     c: T.let = T.min(column, head_size - 1)
+                    first: T.let = h * head_size + y * row_step
+                    load_items(bonus, u_items, h, y * row_step, row_step, lanes)
+                    if not is_dynamic:
+                        load_items(decay, w_items, 0, first, row_step, lanes)
                     span[0] = query_start[s]
                     span[1] = query_start[s + 1]
                     load_state(
@@ -247,15 +258,18 @@ def wkv(num_heads: int, head_size: int, dtype: str, bonus_dtype: str, is_dynamic
                     )
                     for t in T.serial(span[1] - span[0]):
                         row: T.let = span[0] + t
+                        load_items(r, r_items, row, first, row_step, lanes)
+                        load_items(k, k_items, row, first, row_step, lanes)
+                        if is_dynamic:
+                            load_items(decay, w_items, row, first, row_step, lanes)
                         total[0] = T.float32(0)
                         total[1] = T.Cast("float32", v[row, h * head_size + c])
                         for j in T.unroll(row_step):
-                            at: T.let = h * head_size + y * row_step + j
-                            total[2] = T.Cast("float32", k[row, at]) * total[1]
-                            total[0] = total[0] + T.Cast("float32", r[row, at]) * (
-                                T.Cast("float32", bonus[h, y * row_step + j]) * total[2] + held[j]
+                            total[2] = T.Cast("float32", k_items[j]) * total[1]
+                            total[0] = total[0] + T.Cast("float32", r_items[j]) * (
+                                T.Cast("float32", u_items[j]) * total[2] + held[j]
                             )
-                            held[j] = held[j] * decay[row if is_dynamic else 0, at] + total[2]
+                            held[j] = held[j] * w_items[j] + total[2]
                         partial[(t % 2 * deep + y) * across + x] = total[0]
                         T.tvm_storage_sync("shared")
                         if y == 0 and column < head_size:

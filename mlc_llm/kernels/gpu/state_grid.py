@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,11 @@ class StateGrid:
         return next(n for n in range(min(_ROWS, self.rows), self.rows + 1) if self.rows % n == 0)
 
     @property
+    def lanes(self) -> int:
+        """Return how many of its rows a thread reads at once from rows of tokens."""
+        return math.gcd(self.row_step, 4)
+
+    @property
     def deep(self) -> int:
         """Return the threads of a column."""
         return self.rows // self.row_step
@@ -49,6 +55,16 @@ class StateGrid:
 
 
 @T.macro
+def load_items(
+    rows: T.handle, items: T.handle, row: T.int32, first: T.int32, count: T.meta_var, lanes: Any
+) -> None:
+    """Take `count` items of a row into registers, `lanes` at once."""
+    for j in T.unroll(count // lanes):
+        for v in T.vectorized(lanes):
+            items[j * lanes + v] = rows[row, first + j * lanes + v]
+
+
+@T.macro
 def load_state(
     state: T.handle,
     held: T.handle,
@@ -60,10 +76,11 @@ def load_state(
     is_new: Any,
 ) -> None:
     """Take a thread's rows of a column into registers, zeros for a new sequence."""
-    for j in T.unroll(row_step):
-        if is_new:
+    if is_new:
+        for j in T.unroll(row_step):
             held[j] = T.float32(0)
-        else:
+    else:
+        for j in T.unroll(row_step):
             held[j] = state[slot, head, first_row + j, column]
 
 
