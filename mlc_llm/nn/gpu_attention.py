@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from tvm.relax.frontend import nn
+from tvm.target import Target
 
 from mlc_llm.errors import UnsupportedModel
 from mlc_llm.kernels.cpu.attention_pages import AttentionShape
 from mlc_llm.kernels.gpu import attention, attention_pages, rope
 from mlc_llm.kernels.gpu.attention_scores import BlockLimits
 from mlc_llm.kernels.gpu.attention_single import scratch_width
+from mlc_llm.kernels.gpu.tensor_cores import tensor_cores
 from mlc_llm.nn.gpu_ops import known_rows
 from mlc_llm.nn.kernel_call import call, gpu_kind, kernel_of
 
@@ -21,6 +23,11 @@ _LIMITS: dict[str | None, BlockLimits] = {
     "metal": BlockLimits(shared_bytes=32768),
     "opencl": BlockLimits(shared_bytes=32768),
 }
+
+
+def block_limits() -> BlockLimits:
+    """Return what a block of threads has on the GPU that is compiled for."""
+    return _LIMITS.get(gpu_kind(), BlockLimits())
 
 
 def rope_table(positions: nn.Tensor, frequencies: nn.Tensor, scale: float) -> nn.Tensor:
@@ -75,9 +82,10 @@ def paged_attention(
 ) -> nn.Tensor:
     """Return causal attention over the pages of each token's sequence, (n, heads * head_dim)."""
     del context_len  # the last position says it
-    limits = _LIMITS.get(gpu_kind(), BlockLimits())
+    limits = block_limits()
     sink_dtype = None if sink_logits is None else sink_logits.dtype
-    kernel = kernel_of(attention.paged_attention, shape, q.dtype, sink_dtype, limits)
+    cores = tensor_cores(str(Target.current().attrs["arch"])) if gpu_kind() == "cuda" else None
+    kernel = kernel_of(attention.paged_attention, shape, q.dtype, sink_dtype, limits, cores)
     args: list[Any] = [q, pages, query_start, page_table, positions]
     if sink_logits is not None:
         args.append(sink_logits)

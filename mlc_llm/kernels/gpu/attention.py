@@ -1,6 +1,7 @@
 """Causal attention over paged keys and values: which of the two schedules a step takes.
 
-Steps of single tokens are in `attention_single.py`, all others in `attention_tile.py`.
+Steps of single tokens are in `attention_single.py`, all others in `attention_tile.py` or, on tensor
+cores, in `attention_tensor.py`.
 """
 
 from __future__ import annotations
@@ -12,11 +13,17 @@ from tvm.script import tirx as T
 from mlc_llm.kernels.cpu.attention_pages import AttentionShape
 from mlc_llm.kernels.gpu.attention_scores import BlockLimits
 from mlc_llm.kernels.gpu.attention_single import scratch_width, single_grid, single_steps
+from mlc_llm.kernels.gpu.attention_tensor import fits_tensor_cores, tensor_steps
 from mlc_llm.kernels.gpu.attention_tile import tile_steps
+from mlc_llm.kernels.gpu.tensor_cores import TensorCores
 
 
 def paged_attention(
-    shape: AttentionShape, dtype: str, sink_dtype: str | None, limits: BlockLimits
+    shape: AttentionShape,
+    dtype: str,
+    sink_dtype: str | None,
+    limits: BlockLimits,
+    cores: TensorCores | None = None,
 ) -> Any:
     """Attend: q (n, heads, head_dim) of dtype, pages, query_start (b + 1), page_table (b, p),
     positions (n), all int32[, sink_logits (heads) of sink_dtype]
@@ -24,14 +31,18 @@ def paged_attention(
 
     Which keys a token sees is said in `kernels.cpu.attention`. Every sequence brings at least one
     token. What else is in the step changes no bit of a token, beside that a step of single tokens
-    sums in another order than all others. Arithmetic is float32.
+    sums in another order than all others. Arithmetic is float32; on tensor cores, if the GPU has
+    `cores` and the shape suits them, weights are rounded to float16.
     """
     heads, kv_heads, head_dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
     kv_dtype, page_items, page_size = shape.kv_dtype, shape.page_items, shape.page_size
     max_parts, width = limits.max_parts, scratch_width(shape)
     part_keys = single_grid(shape, limits).part_keys
     attend_single, merge = single_steps(shape, dtype, sink_dtype, limits)
-    attend_tile = tile_steps(shape, dtype, sink_dtype, limits)
+    if cores is not None and fits_tensor_cores(shape, dtype, cores):
+        attend_tile = tensor_steps(shape, sink_dtype, cores)
+    else:
+        attend_tile = tile_steps(shape, dtype, sink_dtype, limits)
 
     @T.macro
     def attend_all(

@@ -6,15 +6,12 @@ import re
 from typing import Any
 
 import pytest
-import tvm
+from cuda_on_cpu import translate
 from reference_cases import get_case
-from tvm.tirx.build import codegen_build, split_host_device_mods
 
 from mlc_llm.artifact import ChatConfig
 from mlc_llm.compiler.compile import CompileOptions, compile_model
 from mlc_llm.compiler.cuda_code import assemble
-from mlc_llm.compiler.gpu import schedule_rules
-from mlc_llm.compiler.target import describe_any_target
 from mlc_llm.kernels.gpu import linear
 from mlc_llm.models.registry import find_family
 from mlc_llm.quantization.apply import group_format
@@ -84,20 +81,6 @@ def product(n: int | None, quantization: str) -> Any:
         return linear.matmul(n, 256, 128, "float16", "float16", False)
     form = group_format(scheme, is_linear=True)
     return linear.group_matmul(n, 256, 128, form, "float16", False)
-
-
-def translate(kernel: Any, architecture: str) -> tuple[str, str]:
-    """Return a kernel's CUDA source, and the host's code, which starts it."""
-    described = describe_any_target(f"cuda:{architecture}", "O2")["target"]
-    target = tvm.target.Target(described)
-    mod = tvm.IRModule({"kernel": kernel.with_attr("global_symbol", "kernel")})
-    with target:
-        mod = schedule_rules()(mod)
-    pipeline, _, finish = tvm.tirx.get_default_tir_pipeline(target)
-    host, devices = split_host_device_mods(pipeline(tvm.tirx.transform.BindTarget(target)(mod)))
-    ((device_target, device),) = devices.items()
-    source = codegen_build(finish()(device), device_target).inspect_source()
-    return source, host["kernel"].script()
 
 
 @pytest.mark.parametrize("quantization", ["q0f16", "q4f16_1"])

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from attention_steps import PAGE, RAGGED, Step
 from tvm.relax.frontend import nn
 from wgsl import translate
 
@@ -21,7 +22,6 @@ from mlc_llm.kernels.gpu.attention_tile import tile_grid
 from mlc_llm.kernels.gpu.rope import rope_table
 from mlc_llm.nn import gpu_attention
 
-PAGE = 16
 TOLERANCE = {"float32": 2e-5, "float16": 4e-3}
 # What WebGPU grants for certain.
 LIMITS = BlockLimits(max_parts=4)
@@ -42,98 +42,19 @@ SHAPES = {
     ),
     "odd sizes, chunks": AttentionShape(2, 2, 6, PAGE, "float32", 0.4, 24, is_chunked=True),
 }
-# (context, new tokens) of each sequence: chunks that begin inside pages, single tokens beside.
-RAGGED = [(5, 5), (130, 1), (70, 37), (64, 64), (17, 3), (65, 2), (290, 5)]
 # Up to 128 keys are one part, up to 512 are parts of 128, then four parts grow.
 SINGLE = [(length, 1) for length in (1, 16, 17, 65, 127, 128, 129, 300, 700)]
 
 
-class Step:
-    """Random inputs of one step over sequences whose pages lie in any order."""
-
-    def __init__(self, shape: AttentionShape, work: list[tuple[int, int]], dtype: str) -> None:
-        rng = np.random.default_rng(7)
-        self.shape, self.work, self.dtype = shape, work, dtype
-        counts = [-(-context // PAGE) for context, _ in work]
-        order = iter(rng.permutation(sum(counts) + 3).tolist())
-        # What rows of fewer pages are filled up with is no page.
-        self.page_table = np.full((len(work), max(counts) + 1), -1, np.int32)
-        # Slots that hold no token may hold anything, even this.
-        size = (sum(counts) + 3, 2, shape.num_kv_heads, PAGE, shape.head_dim)
-        pages = np.full(size, np.nan, shape.kv_dtype)
-        self.kv = []
-        for row, (context, _) in enumerate(work):
-            kv = rng.standard_normal((2, shape.num_kv_heads, context, shape.head_dim))
-            self.kv.append(kv.astype(shape.kv_dtype).astype(np.float64))
-            for place in range(counts[row]):
-                page = self.page_table[row, place] = next(order)
-                part = kv[:, :, place * PAGE : (place + 1) * PAGE]
-                pages[page, :, :, : part.shape[2]] = part
-        self.pages = pages.reshape(*size[:3], -1)
-        self.query_start = np.cumsum([0, *(count for _, count in work)]).astype(np.int32)
-        positions = [np.arange(context - count, context) for context, count in work]
-        self.positions = np.concatenate(positions).astype(np.int32)
-        n = len(self.positions)
-        self.q = (2 * rng.standard_normal((n, shape.num_heads, shape.head_dim))).astype(dtype)
-
-    def run(self, webgpu: Any, sink_logits: np.ndarray | None = None) -> np.ndarray:
-        shape, n = self.shape, len(self.positions)
-        sink_dtype = None if sink_logits is None else str(sink_logits.dtype)
-        extra = {} if sink_logits is None else {"sink_logits": sink_logits}
-        width = shape.num_heads * shape.head_dim
-        scratch = (len(self.work), shape.num_heads, LIMITS.max_parts, shape.head_dim + 2)
-        found: np.ndarray = webgpu.run(
-            paged_attention(shape, self.dtype, sink_dtype, LIMITS),
-            q=self.q,
-            pages=self.pages,
-            query_start=self.query_start,
-            page_table=self.page_table,
-            positions=self.positions,
-            scratch=np.full(scratch, np.nan, np.float32),
-            out=np.full((n, width), np.nan, self.dtype),
-            **extra,
-        )["out"]
-        return found.reshape(self.q.shape)
-
-    def expected(self, sink_logits: np.ndarray | None = None) -> np.ndarray:
-        shape, out = self.shape, np.empty(self.q.shape)
-        for row, (context, _) in enumerate(self.work):
-            keys, values = np.repeat(self.kv[row], shape.group, axis=1)  # (heads, context, d)
-            for t in range(self.query_start[row], self.query_start[row + 1]):
-                scores = np.einsum("hd,hkd->hk", self.q[t].astype(np.float64), keys) * shape.scale
-                distance = self.positions[t] - np.arange(context)
-                scores = finish(shape, scores, distance)
-                scores[:, ~visible(shape, np.arange(context), self.positions[t])] = -np.inf
-                if sink_logits is not None:  # one score more, of no value
-                    scores = np.concatenate([scores, sink_logits[:, None]], axis=1)
-                weights = np.exp(scores - scores.max(1, keepdims=True))
-                weights /= weights.sum(1, keepdims=True)
-                out[t] = np.einsum("hk,hkd->hd", weights[:, :context], values)
-        return out
-
-
-def finish(shape: AttentionShape, scores: np.ndarray, distance: np.ndarray) -> np.ndarray:
-    if shape.soft_cap:
-        return shape.soft_cap * np.tanh(scores / shape.soft_cap)
-    if shape.alibi:
-        # Six heads: the slopes of four, then every second of those of eight.
-        slopes = 2.0 ** -np.array([2, 4, 6, 8, 1, 3])
-        return scores - slopes[:, None] * distance
-    return scores
-
-
-def visible(shape: AttentionShape, keys: np.ndarray, position: int) -> np.ndarray:
-    mask = keys <= position
-    if shape.window > 0:
-        recent = keys > position - shape.window
-        if shape.is_chunked:
-            recent = keys // shape.window == position // shape.window
-        mask &= recent | (keys < shape.sinks)
-    return mask
+def run(webgpu: Any, step: Step, sink_logits: np.ndarray | None = None) -> np.ndarray:
+    sink_dtype = None if sink_logits is None else str(sink_logits.dtype)
+    kernel = paged_attention(step.shape, step.dtype, sink_dtype, LIMITS)
+    found: np.ndarray = webgpu.run(kernel, **step.tensors(LIMITS.max_parts, sink_logits))["out"]
+    return found.reshape(step.q.shape)
 
 
 def check(webgpu: Any, step: Step, sink_logits: np.ndarray | None = None) -> None:
-    found, expected = step.run(webgpu, sink_logits), step.expected(sink_logits)
+    found, expected = run(webgpu, step, sink_logits), step.expected(sink_logits)
     np.testing.assert_allclose(
         found.astype(np.float64), expected, atol=TOLERANCE[step.dtype], rtol=TOLERANCE[step.dtype]
     )
@@ -195,7 +116,7 @@ def test_what_does_not_fit_is_refused() -> None:
 
 def test_tokens_do_not_depend_on_what_is_beside_them(webgpu) -> None:
     whole = Step(dataclasses.replace(GQA, window=50, sinks=3), [(340, 41)], "float32")
-    together = whole.run(webgpu)
+    together = run(webgpu, whole)
     # The same tokens in pieces, a last one alone, beside others; the first token is left away.
     pieces = [(1, 7), (7, 8), (8, 33), (33, 41)]
     part = copy.copy(whole)
@@ -203,7 +124,7 @@ def test_tokens_do_not_depend_on_what_is_beside_them(webgpu) -> None:
     part.page_table = np.repeat(whole.page_table, len(pieces), axis=0)
     part.positions, part.q = whole.positions[1:], whole.q[1:]
     part.work = [(299 + end, end - begin) for begin, end in pieces]
-    np.testing.assert_array_equal(part.run(webgpu), together[1:])
+    np.testing.assert_array_equal(run(webgpu, part), together[1:])
 
 
 def rotated(heads: np.ndarray, table: np.ndarray, is_interleaved: bool) -> np.ndarray:

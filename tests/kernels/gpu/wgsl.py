@@ -130,11 +130,11 @@ def translate(kernel: Any, shapes: dict[str, tuple[int, ...]]) -> list[Launch]:
     sources = dict(zip(parts[1::2], parts[2::2], strict=True))
     return [
         Launch(name, sources[name], groups, numbers)
-        for name, groups, numbers in _launches(host["kernel"].script(), symbols)
+        for name, groups, numbers in launches_of(host["kernel"].script(), symbols)
     ]
 
 
-def _launches(host: str, symbols: dict[str, int]) -> list[tuple[str, tuple[int, int], list[int]]]:
+def launches_of(host: str, symbols: dict[str, int]) -> list[tuple[str, tuple[int, int], list[int]]]:
     """Return what the host's code, a script, starts: names, groups of threads, and numbers."""
     found: list[tuple[str, tuple[int, int], list[int]]] = []
 
