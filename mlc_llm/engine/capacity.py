@@ -108,8 +108,15 @@ def plan_memory(
     slot_bytes = sum(spec.size_bytes for spec in metadata.states)
     if slot_bytes:
         room = max(usable - weights_bytes - _workspace_bytes(metadata, num_sequences), 0)
-        num_sequences, num_snapshots = _states(config, num_sequences, room // slot_bytes)
+        most = _most_states(metadata)
+        num_fitting = min(room // slot_bytes, most)
+        num_sequences, num_snapshots = _states(config, num_sequences, num_fitting)
         num_slots = num_sequences + num_snapshots
+        if num_slots > most:
+            raise OptionError(
+                f"recurrent states of {num_sequences} sequences and {num_snapshots} snapshots are "
+                f"more than the {most} that kernels of this GPU count; lower max_history_size"
+            )
     elif config.max_history_size:
         raise OptionError(
             f"max_history_size={config.max_history_size} counts snapshots of recurrent state; "
@@ -168,10 +175,20 @@ def _require(name: str, value: int, compiled_name: str, metadata: LibraryMetadat
 
 
 def _most_pages(metadata: LibraryMetadata) -> int:
-    """Return how many pages kernels can count: GPUs number the items of a layer in 31 bits."""
-    if not metadata.kv_cache.num_layers or metadata.target.get("kind", "llvm") == "llvm":
-        return sys.maxsize
-    return ((1 << 31) - 1) // math.prod(metadata.kv_cache.page_shape(1))
+    """Return how many pages kernels can count."""
+    has_pages = metadata.kv_cache.num_layers > 0
+    return _most_items(metadata, math.prod(metadata.kv_cache.page_shape(1)) if has_pages else 1)
+
+
+def _most_states(metadata: LibraryMetadata) -> int:
+    """Return how many recurrent states kernels can count."""
+    return _most_items(metadata, max(math.prod(spec.shape) for spec in metadata.states))
+
+
+def _most_items(metadata: LibraryMetadata, size: int) -> int:
+    """Return how many items of `size` numbers a tensor may have: GPUs number them in 31 bits."""
+    is_gpu = metadata.target.get("kind", "llvm") != "llvm"
+    return ((1 << 31) - 1) // size if is_gpu else sys.maxsize
 
 
 def _num_sequences(mode: Mode, config: EngineConfig, metadata: LibraryMetadata) -> int:

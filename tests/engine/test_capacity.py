@@ -242,6 +242,17 @@ def test_a_server_has_as_many_states_as_memory_bears() -> None:
     assert found.total_bytes <= found.usable_bytes
 
 
+def test_states_that_a_gpu_can_count() -> None:
+    """Here 10,922: a slot of the larger tensor has 196,608 items."""
+    library = {**RECURRENT, "target": {"kind": "cuda"}}
+    many = {"mode": "server", "prefix_cache_max_num_recycling_seqs": -1}
+    found = plan(80 * GIB, library=library, **many)
+    assert found.num_state_slots == 32 + (10_922 - 32) // 4
+    assert plan(80 * GIB, library=RECURRENT, **many).num_state_slots > found.num_state_slots
+    with pytest.raises(OptionError, match=r"32 sequences and 10900 snapshots .* the 10922 that"):
+        plan(80 * GIB, library=library, mode="server", max_history_size=10_900)
+
+
 def test_tokens_of_models_without_a_cache_are_free() -> None:
     found = plan(library=RECURRENT, mode="server")
     assert found.kv_bytes == 0
