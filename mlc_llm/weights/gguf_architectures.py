@@ -7,6 +7,7 @@ and the fields of `config.json`. Files are read by gguf_config.py and gguf.py.
 from __future__ import annotations
 
 from mlc_llm.weights.gguf_deepseek import DEEPSEEK2
+from mlc_llm.weights.gguf_hybrid import QWEN35
 from mlc_llm.weights.gguf_parts import (
     ATTENTION,
     BLOCK,
@@ -77,6 +78,7 @@ ARCHITECTURES = {
         numbers=EXPERTS,
         constants={"decoder_sparse_step": 1, "norm_topk_prob": True},
     ),
+    "qwen35": QWEN35,
     "gemma": Architecture(
         "gemma",
         "GemmaForCausalLM",

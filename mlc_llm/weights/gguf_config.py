@@ -13,6 +13,7 @@ from mlc_llm.errors import CorruptFile, ParameterMismatch, UnsupportedModel
 from mlc_llm.weights.gguf_architectures import ARCHITECTURES, MIXTRAL, PHI_MSFT
 from mlc_llm.weights.gguf_deepseek import add_latent_fields, find_deepseek
 from mlc_llm.weights.gguf_file import GGUFFile
+from mlc_llm.weights.gguf_metadata import MetadataReader
 from mlc_llm.weights.gguf_parts import Architecture
 from mlc_llm.weights.gguf_rope import find_llama3_scaling
 
@@ -46,7 +47,7 @@ def build_config(file: GGUFFile, name: str, architecture: Architecture) -> dict[
     name: of the architecture in the metadata. Raises CorruptFile, ParameterMismatch and
     UnsupportedModel.
     """
-    reader = _MetadataReader(file, name)
+    reader = MetadataReader(file, name)
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
         raise ParameterMismatch(f"{file.path} has no embedding table (token_embd.weight)")
@@ -69,7 +70,7 @@ def build_config(file: GGUFFile, name: str, architecture: Architecture) -> dict[
         "intermediate_size": reader.count("feed_forward_length"),
         "max_position_embeddings": reader.count("context_length"),
         "num_attention_heads": num_heads,
-        "num_hidden_layers": reader.count("block_count"),
+        "num_hidden_layers": reader.num_layers(),
         "num_key_value_heads": reader.count("attention.head_count_kv", num_heads),
         "rope_theta": reader.real("rope.freq_base", 10000.0),
         "rope_scaling": None,
@@ -109,11 +110,13 @@ def build_config(file: GGUFFile, name: str, architecture: Architecture) -> dict[
         token_id = file.get(f"tokenizer.ggml.{key}_token_id", int)
         if token_id is not None:
             config[f"{key}_token_id"] = token_id
+    if architecture.finish is not None:
+        architecture.finish(file, config)
     return config
 
 
 def _rope_scaling(
-    file: GGUFFile, reader: _MetadataReader, config: dict[str, Any], rotary: int
+    file: GGUFFile, reader: MetadataReader, config: dict[str, Any], rotary: int
 ) -> dict[str, Any] | None:
     kind = reader.text("rope.scaling.type", "none")
     factor = reader.real("rope.scaling.factor", reader.real("rope.scale_linear", 1.0))
@@ -131,7 +134,7 @@ def _rope_scaling(
             values = file.read(name).astype(np.float32).ravel()
             if values.shape != (rotary // 2,) or not (np.isfinite(values) & (values > 0)).all():
                 raise CorruptFile(f"{file.path}: {name} is no table of {rotary // 2} factors")
-            # Stored as float32, see _MetadataReader.real.
+            # Stored as float32, see MetadataReader.real.
             scaling[field] = [float(str(value)) for value in values]
         return scaling
     if kind == "yarn":
@@ -150,7 +153,7 @@ def _rope_scaling(
 
 
 def _add_sliding_window(
-    reader: _MetadataReader, architecture: Architecture, config: dict[str, Any]
+    reader: MetadataReader, architecture: Architecture, config: dict[str, Any]
 ) -> None:
     window = reader.count("attention.sliding_window", 0)
     if not window or architecture.with_window:
@@ -217,55 +220,7 @@ def _add_minicpm_factors(config: dict[str, Any]) -> None:
     """
     layers, hidden_size = config["num_hidden_layers"], config["hidden_size"]
     residual, logits = config["scale_depth"], config["dim_model_base"]
-    # Stored as float32, see _MetadataReader.real.
+    # Stored as float32, see MetadataReader.real.
     depth = float(f"{residual * layers**0.5:.6g}") if residual else 1.4
     config["scale_depth"] = depth
     config["dim_model_base"] = float(f"{hidden_size / logits:.6g}") if logits else 256
-
-
-class _MetadataReader:
-    """Metadata of one architecture, with the checks every number needs."""
-
-    def __init__(self, file: GGUFFile, arch: str) -> None:
-        self.path, self._file, self._arch = file.path, file, arch
-
-    def number(self, key: str, kind: str, default: Any) -> Any:
-        if kind == "flag":
-            return self._file.get(f"{self._arch}.{key}", bool, default)
-        return self.count(key, default) if kind == "count" else self.real(key, default)
-
-    def count(self, key: str, default: int | None = None) -> int:
-        value = self._file.get(f"{self._arch}.{key}", (int, list), default)
-        if isinstance(value, list):
-            return self._same_in_all_layers(key, value)
-        if value is None or value < 0 or (value == 0 and default is None):
-            raise CorruptFile(f"{self.path}: metadata {self._arch}.{key} is {value}")
-        return int(value)
-
-    def real(self, key: str, default: float | None = None) -> float:
-        value = self._file.get(f"{self._arch}.{key}", (float, int), default)
-        if value is None or not 0 <= value < 1e30:
-            raise CorruptFile(f"{self.path}: metadata {self._arch}.{key} is {value}")
-        # Stored as float32: the shortest decimal number that means the same is what was meant.
-        return float(str(np.float32(value)))
-
-    def text(self, key: str, default: str) -> str:
-        return str(self._file.get(f"{self._arch}.{key}", str, default))
-
-    def refuse_unless(self, key: str, expected: int, feature: str) -> None:
-        found = self.count(key, expected)
-        if found != expected:
-            raise UnsupportedModel(
-                f"{self.path} has {feature} ({self._arch}.{key} is {found}), which is not supported"
-            )
-
-    def _same_in_all_layers(self, key: str, values: list[Any]) -> int:
-        # Values may be lists themselves, or of kinds that cannot be compared.
-        if not values or values.count(values[0]) != len(values) or type(values[0]) is not int:
-            raise UnsupportedModel(
-                f"{self.path}: {self._arch}.{key} differs from layer to layer, "
-                "which is not supported"
-            )
-        if values[0] <= 0:
-            raise CorruptFile(f"{self.path}: metadata {self._arch}.{key} is {values[0]}")
-        return int(values[0])

@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-# How the converter of llama.cpp changed a tensor.
+from mlc_llm.weights.gguf_file import GGUFFile
+
+# How the converter of llama.cpp changed a tensor; gguf_changes.py undoes it.
 # q_halves, k_halves: the two rotary halves of each head's rows are interleaved.
-# plus_one: 1 was added to weights. transposed: inputs and outputs are exchanged.
-# flat: an extent of 1 was dropped in front. qkv_groups: q, k and v of all heads were sorted apart.
-Change = Literal["q_halves", "k_halves", "plus_one", "transposed", "flat", "qkv_groups"]
+# qkv_groups: q, k and v of all heads were sorted apart. plus_one: 1 was added to weights.
+# transposed: inputs and outputs are exchanged. flat: an extent of 1 was dropped in front.
+# tiled_...: value heads of linear attention are in another order, by rows, by the last of the rows
+# or by columns; of the logarithm of decays -exp() was taken, too; a convolution lost an extent.
+Change = Literal[
+    "q_halves",
+    "k_halves",
+    "qkv_groups",
+    "plus_one",
+    "transposed",
+    "flat",
+    "tiled_rows",
+    "tiled_last_rows",
+    "tiled_columns",
+    "tiled_decay",
+    "tiled_convolution",
+]
 # A number of the metadata: key, kind, and the value where it is not there (None: it must be).
 Number = tuple[str, Literal["count", "real", "flag"], Any]
 
@@ -20,16 +36,19 @@ class Architecture:
     """One architecture. `{layer}` and `{expert}` in names stand for numbers.
 
     tensors: GGUF name -> Hugging Face name, both without `.weight` or `.bias`; stacked experts have
-    `{expert}` in the latter. changes: GGUF name -> how its values differ. fields: names that
-    `config.json` has for what every decoder has, where they are not Llama's; None leaves one out.
-    numbers and constants: further fields. has_partial_rotary: whether fewer values than a head has
-    may be rotated, as `partial_rotary_factor`; with_window: whether a sliding window is known;
-    is_latent: whether keys and values are of a latent, so that lengths are not those of heads.
+    `{expert}` in the latter. exact: the same with these endings, where they are not the same or not
+    there. changes: GGUF name -> how its values differ. fields: names that `config.json` has for
+    what every decoder has, where they are not Llama's; None leaves one out. numbers and constants:
+    further fields. has_partial_rotary: whether fewer values than a head has may be rotated, as
+    `partial_rotary_factor`; with_window: whether a sliding window is known; is_latent: whether keys
+    and values are of a latent, so that lengths are not those of heads. finish: changes what else
+    `config.json` has otherwise; it may raise UnsupportedModel.
     """
 
     model_type: str
     class_name: str
     tensors: Mapping[str, str]
+    exact: Mapping[str, str] = field(default_factory=dict, kw_only=True)
     changes: Mapping[str, Change] = field(default_factory=dict)
     fields: Mapping[str, str | None] = field(default_factory=dict)
     numbers: Mapping[str, Number] = field(default_factory=dict)
@@ -37,6 +56,7 @@ class Architecture:
     has_partial_rotary: bool = False
     with_window: bool = False
     is_latent: bool = False
+    finish: Callable[[GGUFFile, dict[str, Any]], None] | None = None
 
 
 BLOCK = "model.layers.{layer}."

@@ -8,6 +8,7 @@ import pytest
 from gguf_models import (
     CASES,
     EXPERTS,
+    OWN_ARITHMETIC,
     STORED_AS,
     tensor_names,
     write_model,
@@ -32,12 +33,12 @@ def test_every_tensor_is_as_hugging_face_has_it(tmp_path, name):
     assert source.config["model_type"] == CASES[name].model_type
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", (*CASES, *OWN_ARITHMETIC))
 def test_names_are_those_of_the_packages_map(name):
     names = {text: kind for kind, text in gguf.MODEL_ARCH_NAMES.items()}
     kind = names[STORED_AS.get(name, name)]
     mapping = gguf.get_tensor_name_map(kind, 2)
-    for gguf_name, huggingface_name in tensor_names(CASES[name]).items():
+    for gguf_name, huggingface_name in tensor_names({**ARCHITECTURES, **CASES}[name]).items():
         if "{expert}" in huggingface_name:
             # The converter stacks them under a name without the number.
             huggingface_name = huggingface_name.replace("experts.{expert}", "experts")
