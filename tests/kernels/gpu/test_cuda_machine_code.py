@@ -12,7 +12,10 @@ from reference_cases import get_case
 from mlc_llm.artifact import ChatConfig
 from mlc_llm.compiler.compile import CompileOptions, compile_model
 from mlc_llm.compiler.cuda_code import assemble
+from mlc_llm.kernels.cpu.delta_rule import DeltaShape
 from mlc_llm.kernels.gpu import linear
+from mlc_llm.kernels.gpu.delta_rule import gated_delta_rule
+from mlc_llm.kernels.gpu.recurrence import causal_conv, token_shift, wkv
 from mlc_llm.models.registry import find_family
 from mlc_llm.quantization.apply import group_format
 from mlc_llm.quantization.schemes import get_scheme
@@ -103,3 +106,19 @@ def test_threads_share_the_sums_of_one_token() -> None:
     source, _ = translate(product(1, "q4f16_1"), "sm_90")
     assert "__shfl_down_sync" in source
     check_resources(source, "sm_90")
+
+
+# Of RWKV's 7B models and of Qwen3.5's 9B.
+@pytest.mark.parametrize(
+    ("factory", "options"),
+    [
+        (token_shift, (4096, "float16")),
+        (wkv, (64, 64, "float16", "float32", False)),
+        (wkv, (64, 64, "float16", "float32", True)),
+        (causal_conv, (8192, 4, "float16", "float16")),
+        (gated_delta_rule, (DeltaShape(16, 32, 128, 128), "float16", "float32")),
+    ],
+)
+def test_states_fit_in_registers(factory, options) -> None:
+    source, _ = translate(factory(*options), "sm_80")
+    check_resources(source, "sm_80")
