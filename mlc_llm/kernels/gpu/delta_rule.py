@@ -33,23 +33,27 @@ def gated_delta_rule(shape: DeltaShape, dtype: str, gate_dtype: str) -> Any:
     v_start = 2 * k_start
 
     @T.macro
-    def gates(
+    def tabulate_gates(
         gate: T.handle,
         a: T.handle,
         b: T.handle,
         a_log: T.handle,
         dt_bias: T.handle,
+        gates: T.handle,
+        thread: T.int32,
         row: T.int32,
         h: T.int32,
     ) -> None:
-        """gate = [decay, beta] of a token's head."""
+        """gates = decays and betas of a head, those of a token for each thread."""
         gate[0] = T.Cast("float32", a[row, h]) + T.Cast("float32", dt_bias[h])
         # softplus
         gate[0] = T.max(gate[0], T.float32(0)) + T.log(
             T.float32(1) + T.exp(T.float32(0) - T.abs(gate[0]))
         )
-        gate[0] = T.exp(T.float32(0) - T.exp(T.Cast("float32", a_log[h])) * gate[0])
-        gate[1] = T.float32(1) / (T.float32(1) + T.exp(T.float32(0) - T.Cast("float32", b[row, h])))
+        gates[thread * 2] = T.exp(T.float32(0) - T.exp(T.Cast("float32", a_log[h])) * gate[0])
+        gates[thread * 2 + 1] = T.float32(1) / (
+            T.float32(1) + T.exp(T.float32(0) - T.Cast("float32", b[row, h]))
+        )
 
     @T.prim_func(private=True, s_tir=True)
     def gated_delta_rule_kernel(
@@ -89,6 +93,7 @@ def gated_delta_rule(shape: DeltaShape, dtype: str, gate_dtype: str) -> Any:
                     # In turns, so that one token's sums are read while the next one's are written.
                     partial = T.alloc_buffer((2 * deep * across * 2,), "float32", scope="shared")
                     lengths = T.alloc_buffer((2 * deep * 3,), "float32", scope="shared")
+                    gates = T.alloc_buffer((2 * grid.threads,), "float32", scope="shared")
                     h: T.let = by // grid.tiles
                     x: T.let = thread % across
                     y: T.let = thread // across
@@ -104,6 +109,12 @@ def gated_delta_rule(shape: DeltaShape, dtype: str, gate_dtype: str) -> Any:
                     )
                     for t in T.serial(span[1] - span[0]):
                         row: T.let = span[0] + t
+                        if t % grid.threads == 0:
+                            T.tvm_storage_sync("shared")
+                            if row + thread < span[1]:
+                                tabulate_gates(
+                                    *(gate, a, b, a_log, dt_bias, gates, thread, row + thread, h)
+                                )
                         load_items(qkv, k_items, row, k_start + first, row_step, lanes)
                         load_items(qkv, q_items, row, first, row_step, lanes)
                         for i in T.unroll(5):
@@ -121,8 +132,9 @@ def gated_delta_rule(shape: DeltaShape, dtype: str, gate_dtype: str) -> Any:
                         if x == 0:
                             for i in T.unroll(3):
                                 lengths[(t % 2 * deep + y) * 3 + i] = dot[2 + i]
-                        gates(gate, a, b, a_log, dt_bias, row, h)
                         T.tvm_storage_sync("shared")
+                        for i in T.unroll(2):
+                            gate[i] = gates[t % grid.threads * 2 + i]
                         for i in T.unroll(5):
                             dot[i] = T.float32(0)
                         for d in T.unroll(deep):

@@ -238,8 +238,7 @@ def wkv(num_heads: int, head_size: int, dtype: str, bonus_dtype: str, is_dynamic
                     u_items = T.alloc_buffer((row_step,), bonus_dtype, scope="local")
                     total = T.alloc_buffer((3,), "float32", scope="local")
                     span = T.alloc_buffer((2,), "int32", scope="local")
-                    # In turns, so that one token's sums are read while the next one's are written.
-                    partial = T.alloc_buffer((2 * deep * across,), "float32", scope="shared")
+                    partial = T.alloc_buffer((deep * across,), "float32", scope="shared")
                     h: T.let = by // grid.tiles
                     x: T.let = thread % across
                     y: T.let = thread // across
@@ -270,13 +269,14 @@ def wkv(num_heads: int, head_size: int, dtype: str, bonus_dtype: str, is_dynamic
                                 T.Cast("float32", u_items[j]) * total[2] + held[j]
                             )
                             held[j] = held[j] * w_items[j] + total[2]
-                        partial[(t % 2 * deep + y) * across + x] = total[0]
+                        partial[y * across + x] = total[0]
                         T.tvm_storage_sync("shared")
                         if y == 0 and column < head_size:
                             total[0] = T.float32(0)
                             for d in T.unroll(deep):
-                                total[0] = total[0] + partial[(t % 2 * deep + d) * across + x]
+                                total[0] = total[0] + partial[d * across + x]
                             out[row, h * head_size + c] = total[0]
+                        T.tvm_storage_sync("shared")
                     if column < head_size:
                         store_state(state, held, slots[s], h, y * row_step, c, row_step)
 
