@@ -19,6 +19,7 @@ import mlc_names_deepseek
 import mlc_names_dense
 import mlc_names_gpt
 import mlc_names_gpt_oss
+import mlc_names_later
 import mlc_names_llama4
 import mlc_names_moe
 import mlc_names_recurrent
@@ -136,6 +137,9 @@ def fuse(config: Mapping[str, Any], weights: Mapping[str, Array]) -> Iterator[tu
     """Yield parameters under MLC names: [q; k; v] and [gate; up] are one matrix each."""
     if config["model_type"] in mlc_names_dense.MODEL_TYPES:
         yield from mlc_names_dense.fuse(config, weights)
+        return
+    if config["model_type"] in mlc_names_later.MODEL_TYPES:
+        yield from mlc_names_later.fuse(config, weights)
         return
     if config["model_type"] in mlc_names_deepseek.MODEL_TYPES:
         yield from mlc_names_deepseek.fuse(config, weights)
@@ -266,7 +270,7 @@ def make_model_config(
     config: Mapping[str, Any], context: int, window: int, chunk: int
 ) -> dict[str, Any]:
     """Return the `model_config` object: the fields of MLC LLM's class of this architecture."""
-    if config["model_type"] in mlc_names_dense.MODEL_TYPES:
+    if config["model_type"] in (*mlc_names_dense.MODEL_TYPES, *mlc_names_later.MODEL_TYPES):
         limits = {"context_window_size": context, "prefill_chunk_size": chunk}
         return {**mlc_names_dense.model_config(config), **limits, "max_batch_size": 128}
     if config["model_type"] in mlc_names_deepseek.MODEL_TYPES:

@@ -79,8 +79,8 @@ def rotary(rope: Mapping[str, Any], dim: int) -> tuple[Array, float, float]:
         return 0.1 * weight * math.log(factor) + 1
 
     scaled = frequencies / factor * ramp + frequencies * (1 - ramp)
-    share = magnitude(rope["mscale"]) / magnitude(rope["mscale_all_dim"])
-    return scaled, share, magnitude(rope["mscale_all_dim"]) ** 2
+    whole = magnitude(rope.get("mscale_all_dim", 0))
+    return scaled, magnitude(rope.get("mscale", 1)) / whole, whole**2
 
 
 def _rotate(x: Array, rotation: NDArray[np.complex128]) -> Array:

@@ -56,7 +56,11 @@ class Model:
 def forward(config: Config, weights: Weights, token_ids: Sequence[int]) -> Array:
     """Return logits (n, vocab) of one sequence; weights have their published names, any dtype."""
     wide = {name: array.astype(np.float64) for name, array in weights.items()}
-    model = read_model(config, wide)
+    return run(read_model(config, wide), token_ids)
+
+
+def run(model: Model, token_ids: Sequence[int]) -> Array:
+    """Return logits (n, vocab) of one sequence."""
     w, factor = model.weights, model.residual_factor
     x = w["embed_tokens.weight"][np.asarray(token_ids)] * model.embedding_factor
     for layer in range(model.layers):
@@ -115,13 +119,16 @@ def _attention(model: Model, layer: int, hidden: Array) -> Array:
 
 def _mlp(model: Model, layer: int, hidden: Array) -> Array:
     at = f"layers.{layer}.mlp."
+    mixed = 0
     if at + "experts.0.w1.weight" in model.weights:
-        return _experts(model, at, hidden)
+        mixed = _experts(model, at, hidden)
+        if at + "up_proj.weight" not in model.weights:
+            return mixed
     up = _linear(model, at + "up_proj", hidden)
     if at + "gate_proj.weight" not in model.weights:
         return _linear(model, at + "down_proj", model.activation(up))
     gate = model.activation(_linear(model, at + "gate_proj", hidden))
-    return _linear(model, at + "down_proj", gate * up)
+    return _linear(model, at + "down_proj", gate * up) + mixed
 
 
 def _experts(model: Model, at: str, hidden: Array) -> Array:

@@ -16,7 +16,7 @@ Array = NDArray[np.float64]
 Config = Mapping[str, Any]
 
 
-def _split_rows(weights: dict[str, Array], name: str, parts: Mapping[str, int]) -> None:
+def split_rows(weights: dict[str, Array], name: str, parts: Mapping[str, int]) -> None:
     """Replace the tensors of a module by those of its parts; parts: name -> rows."""
     for leaf in (".weight", ".bias"):
         if name + leaf in weights:
@@ -45,11 +45,11 @@ def _split_fused(qkv: str, gate_up: str | None = None) -> Callable[[Config, Any]
             at = f"model.layers.{layer}."
             rows = {"q": heads * size, "k": kv_heads * size, "v": kv_heads * size}
             parts = {f"{at}self_attn.{part}_proj": count for part, count in rows.items()}
-            _split_rows(weights, f"{at}self_attn.{qkv}", parts)
+            split_rows(weights, f"{at}self_attn.{qkv}", parts)
             if gate_up is not None:
                 width = config["intermediate_size"]
                 halves = {f"{at}mlp.gate_proj": width, f"{at}mlp.up_proj": width}
-                _split_rows(weights, f"{at}mlp.{gate_up}", halves)
+                split_rows(weights, f"{at}mlp.{gate_up}", halves)
         return weights
 
     return rename

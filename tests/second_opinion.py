@@ -10,6 +10,7 @@ import numpy_deepseek
 import numpy_dense
 import numpy_gpt
 import numpy_gpt_oss
+import numpy_later
 import numpy_llama4
 import numpy_model
 import numpy_recurrent
@@ -22,6 +23,8 @@ def forward(
     """Return logits (n, vocab) of one sequence; weights have Hugging Face names, any dtype."""
     if config["model_type"] in numpy_dense.MODEL_TYPES:
         return numpy_dense.forward(config, weights, token_ids)
+    if config["model_type"] in numpy_later.MODEL_TYPES:
+        return numpy_later.forward(config, weights, token_ids)
     if config["model_type"] in numpy_deepseek.MODEL_TYPES:
         return numpy_deepseek.forward(config, weights, token_ids)
     if config["model_type"] in numpy_gpt.MODEL_TYPES:

@@ -121,8 +121,8 @@ def build(config: CohereConfig, dtype: str) -> CausalLM:
     )
 
 
-_PARTS = {
+PARTS = {
     "self_attn.qkv_proj": FUSED["self_attn.qkv_proj"],
     "self_attn.out_proj": ("self_attn.o_proj",),
 }
-FAMILY = Family("cohere", ("CohereForCausalLM",), CohereConfig, build, _PARTS)
+FAMILY = Family("cohere", ("CohereForCausalLM",), CohereConfig, build, PARTS)

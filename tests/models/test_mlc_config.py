@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import mlc_names_later
 import numpy as np
 import pytest
 from mlc_names_dense import MODEL_TYPES, model_config
@@ -20,6 +21,7 @@ LEFT_OUT = {
     *("seq_length", "use_dynamic_ntk", "use_logn_attn"),
 }
 DENSE = [case for case in CASES if case.model_type in MODEL_TYPES]
+LATER = [case for case in CASES if case.model_type in mlc_names_later.MODEL_TYPES]
 
 
 @pytest.mark.parametrize("case", DENSE, ids=str)
@@ -42,7 +44,7 @@ def test_fields_of_mlc_llm_mean_the_same(case: ReferenceCase) -> None:
         assert found_rope.table_scale == rope.table_scale
 
 
-@pytest.mark.parametrize("case", DENSE, ids=str)
+@pytest.mark.parametrize("case", DENSE + LATER, ids=str)
 def test_our_own_fields_read_back(case: ReferenceCase) -> None:
     family = find_family(case.config())
     config = family.config_from_huggingface(case.config())
