@@ -26,7 +26,7 @@ from mlc_llm.kernels.cpu.isa import find_bf16_isa, find_isa
 from mlc_llm.models.base import STEP_ENTRIES, CausalLM, Family
 from mlc_llm.models.cache_entries import CacheEntries
 from mlc_llm.models.config import DecoderConfig
-from mlc_llm.models.gpu_entries import GPUEntries
+from mlc_llm.models.gpu_entries import FORWARD_SINGLE, GPUEntries
 from mlc_llm.models.registry import get_family
 from mlc_llm.models.vision import IMAGE_ENTRY
 from mlc_llm.quantization.apply import build_quantized
@@ -87,6 +87,11 @@ def compile_model(
             f"quantization {scheme.name} has numbers in bfloat16, which kernels for GPUs do not "
             "compute in yet; use one of float16 or float32, such as q4f16_1"
         )
+    if described.get("cuda_graph") and task != "chat":
+        raise OptionError(
+            "--opt cudagraph=1 records steps of one token, which libraries for embeddings do not "
+            "have; leave it out"
+        )
     require_compiler(described["target"])
 
     progress("export")
@@ -140,7 +145,8 @@ def _compile_for_gpu(
     temporary: dict[str, int] = {}
     _dump(options.debug_dump, 0, "export", mod)
     with _stage_errors("lowering"), target:
-        for index, (name, passes) in enumerate(gpu_phases(bounds), 1):
+        captured = FORWARD_SINGLE if described.get("cuda_graph") else None
+        for index, (name, passes) in enumerate(gpu_phases(bounds, captured), 1):
             progress(name.replace("_", " "))
             mod = tvm.transform.Sequential(passes, name=name)(mod)
             _dump(options.debug_dump, index, name, mod)

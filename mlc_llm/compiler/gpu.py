@@ -14,6 +14,7 @@ from tvm import relax
 from tvm.relax import transform
 from tvm.s_tir import dlight
 
+from mlc_llm.compiler.cuda_graphs import capture_entry
 from mlc_llm.compiler.pipeline import temporary_bytes
 from mlc_llm.kernels.cpu.sampling import sample
 
@@ -44,13 +45,20 @@ _LOWER_TO_VM = [
 ]
 
 
-def gpu_phases(bounds: Mapping[str, int]) -> list[tuple[str, list[Any]]]:
-    """Return named phases of passes; `bounds` limits symbolic sizes for memory planning."""
+def gpu_phases(
+    bounds: Mapping[str, int], captured: str | None = None
+) -> list[tuple[str, list[Any]]]:
+    """Return named phases of passes; `bounds` limits symbolic sizes for memory planning.
+
+    captured: the entry whose kernels become a CUDA graph.
+    """
+    capture = [] if captured is None else [("capture", [capture_entry(captured)])]
     return [
         ("fuse", [bound_all_sizes(bounds), *_FUSE]),
         ("schedule", [schedule_rules()]),
         ("lower", _LOWER),
         ("plan_memory", [transform.StaticPlanBlockMemory()]),
+        *capture,
         ("lower_to_vm", _LOWER_TO_VM),
     ]
 

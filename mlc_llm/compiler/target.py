@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mlc_llm.compiler.gpu_targets import COMPILED_ONLY, gpu_target
 from mlc_llm.device import TargetCPU, host_cpu, parse_device, parse_target
@@ -19,12 +19,13 @@ _LLVM_LEVELS = {"O0": 0, "O1": 1, "O2": 2, "O3": 3}
 # What linears multiply: int8 is faster, float32 keeps activations exact. With int8, bfloat16
 # weights, which no int8 can stand for, meet bfloat16 activations where the CPU has the instruction.
 ACTIVATIONS = ("int8", "float32")
-# MLC LLM's switches; they steer CUDA and ROCm kernels only.
+# A switch for CUDA: steps of one token are recorded as CUDA graphs.
+_CUDA_GRAPH = "cudagraph"
+# MLC LLM's other switches, for kernels of libraries that are not used here.
 _GPU_SWITCHES = (
     "flashinfer",
     "cublas_gemm",
     "faster_transformer",
-    "cudagraph",
     "cutlass",
     "ipc_allreduce_strategy",
 )
@@ -37,19 +38,19 @@ def describe_target(device: str, opt: str, others: Sequence[str] = ()) -> dict[s
     that are known too. Raises OptionError or DeviceError.
     """
     cpu = parse_target(device, others)
-    level, activations = parse_opt(opt)
+    choices = parse_opt(opt)
     target: dict[str, Any] = {
         "kind": "llvm",
         "mtriple": triple_of(cpu),
         "mcpu": cpu.name,
         "mattr": cpu.llvm_features,
-        "opt-level": level,
+        "opt-level": choices.level,
     }
     if cpu.arch == "riscv64":
         target["mabi"] = "lp64d"
     if cpu.arch == "wasm32":
         target["vector-width"] = 128
-    return {"target": target, "isa": [cpu.arch, *cpu.isa], "activations": activations}
+    return {"target": target, "isa": [cpu.arch, *cpu.isa], "activations": choices.activations}
 
 
 def resolve(device: str) -> str:
@@ -69,13 +70,14 @@ def describe_any_target(device: str, opt: str, host: str = "auto") -> dict[str, 
         if host != "auto":
             described["target"]["mtriple"] = _checked_triple(host, described["isa"][0], device)
         return described
-    level, _ = parse_opt(opt, device)
+    choices = parse_opt(opt, device)
     implied = gpu.pop("host")
-    return {
-        "target": {**gpu, "host": _gpu_host(implied if host == "auto" else host, level)},
+    described = {
+        "target": {**gpu, "host": _gpu_host(implied if host == "auto" else host, choices.level)},
         "isa": [],
         "activations": "float32",
     }
+    return {**described, "cuda_graph": True} if choices.cuda_graph else described
 
 
 def _gpu_host(triple: str | None, level: int) -> dict[str, Any]:
@@ -149,27 +151,47 @@ def check_form(path: Path, target: dict[str, Any]) -> None:
         )
 
 
-def parse_opt(opt: str, device: str = "cpu") -> tuple[int, str]:
-    """Return LLVM's level and the dtype of activations for `--opt`. Raises OptionError.
+class OptChoices(NamedTuple):
+    """What `--opt` says: LLVM's level, the dtype of activations, whether to record CUDA graphs."""
+
+    level: int
+    activations: str
+    cuda_graph: bool
+
+
+def parse_opt(opt: str, device: str = "cpu") -> OptChoices:
+    """Return what `--opt` says. Raises OptionError.
 
     Settings that have no effect on `device` are refused. Written as a level, `O0` to `O3`, and
     settings after semicolons: `O2;activations=float32`.
     """
-    level, activations = "O2", "int8"
+    level, activations, cuda_graph = "O2", "int8", False
+    is_cuda = device.partition(":")[0] == "cuda"
+    without_effect = (
+        *_GPU_SWITCHES,
+        *(() if is_cuda else (_CUDA_GRAPH,)),
+        *(() if device == "cpu" else ("activations",)),
+    )
     for part in filter(None, (part.strip() for part in opt.split(";"))):
         name, _, value = part.partition("=")
         if part in _LLVM_LEVELS:
             level = part
         elif name == "activations" and value in ACTIVATIONS and device == "cpu":
             activations = value
-        elif name in _GPU_SWITCHES or (name == "activations" and device != "cpu"):
+        elif name == _CUDA_GRAPH and is_cuda and value in ("0", "1"):
+            cuda_graph = value == "1"
+        elif name in without_effect:
             raise OptionError(f"--opt {part}: {name} has no effect on {device}; leave it out")
         else:
             raise OptionError(
                 f"--opt {part!r} is not known; use {', '.join(_LLVM_LEVELS)} and "
-                f"activations={'|'.join(ACTIVATIONS)}, as in 'O2;activations=float32'"
+                + (
+                    f"{_CUDA_GRAPH}=0|1, as in 'O2;{_CUDA_GRAPH}=1'"
+                    if is_cuda
+                    else f"activations={'|'.join(ACTIVATIONS)}, as in 'O2;activations=float32'"
+                )
             )
-    return _LLVM_LEVELS[level], activations
+    return OptChoices(_LLVM_LEVELS[level], activations, cuda_graph)
 
 
 def triple_of(cpu: TargetCPU) -> str:

@@ -57,6 +57,7 @@ class GPUMemory:
         self.copy = function("CopyFromTo")  # from a tensor to another
         self._wait = tvm_ffi.get_global_func("runtime.Device_StreamSync")
         self._inputs: list[Any] = []
+        self._fixed_inputs: list[Any] = []
 
     def empty(self, shape: Sequence[int], dtype: str) -> Any:
         """Return a tensor of whatever values. Raises DeviceError."""
@@ -102,10 +103,25 @@ class GPUMemory:
             room = self._inputs[index]
             if array.size > int(room.shape[0]):
                 room = self._inputs[index] = self.empty((2 * array.size,), array.dtype.name)
-            view = self._view(room, self._ffi.Shape(array.shape), room.dtype, 0)
-            self._fill(view, array)
-            placed.append(view)
+            placed.append(self._placed(room, array))
         return placed
+
+    def place_fixed(self, arrays: Sequence[NDArray[np.int32]], max_items: int) -> list[Any]:
+        """Return tensors of the arrays of a call; the next call's are at the same addresses.
+
+        max_items: what the largest array of any call has.
+        """
+        while len(self._fixed_inputs) < len(arrays):
+            self._fixed_inputs.append(self.empty((max_items,), "int32"))
+        return [
+            self._placed(room, array)
+            for room, array in zip(self._fixed_inputs, arrays, strict=False)
+        ]
+
+    def _placed(self, room: Any, array: NDArray[Any]) -> Any:
+        view = self._view(room, self._ffi.Shape(array.shape), room.dtype, 0)
+        self._fill(view, array)
+        return view
 
     def array(self, tensor: Any) -> NDArray[Any]:
         """Return a tensor's content, in memory of its own."""

@@ -30,6 +30,13 @@ def padded_rows(num_rows: int) -> int:
     return -(-num_rows // step) * step
 
 
+def wide_table(page_table: NDArray[np.int32]) -> NDArray[np.int32]:
+    """Return a table (1, p) filled up to 8, 16, 32 ... pages: each width has a graph of its own."""
+    width = page_table.shape[1]
+    wide = max(8, 1 << (width - 1).bit_length())
+    return np.pad(page_table, ((0, 0), (0, wide - width)))
+
+
 class CompiledRunner:
     """Owns a library's virtual machine, its parameters, KV pages and slots of recurrent state."""
 
@@ -64,6 +71,10 @@ class CompiledRunner:
                 for spec in self._metadata.states
             ]
         )
+        width = max(
+            num_pages, -(-self._metadata.context_window_size // self._metadata.kv_cache.page_size)
+        )
+        self._max_table = wide_table(np.zeros((1, width), np.int32)).size
         self._result_sizes: set[int] = set()  # bytes
         machine = library.open_machine()
         is_encoder = self._metadata.model_task == "embedding"
@@ -159,7 +170,12 @@ class CompiledRunner:
         if self._images is not None and not is_single:
             no_rows = np.full(len(step.token_ids), -1, np.int32)
             arrays.append(no_rows if step.image_rows is None else step.image_rows)
-        inputs = self._memory.place(arrays)
+        if is_single:
+            # The entry may be recorded as a graph, which remembers where its inputs are.
+            arrays[4] = wide_table(step.page_table)
+            inputs = self._memory.place_fixed(arrays, self._max_table)
+        else:
+            inputs = self._memory.place(arrays)
         states = [inputs.pop(), self._states] if self._states else []
         if self._images is not None and not is_single:
             embeds = step.image_embeds

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from mlc_llm.compiler.target import describe_target, parse_opt
+from mlc_llm.compiler.target import describe_any_target, describe_target, parse_opt
 from mlc_llm.device import host_cpu
 from mlc_llm.errors import DeviceError, OptionError
 
@@ -39,10 +39,22 @@ def test_target_is_this_cpu(device) -> None:
     ],
 )
 def test_opt_is_a_level_and_settings(opt, level, activations) -> None:
-    assert parse_opt(opt) == (level, activations)
+    assert parse_opt(opt) == (level, activations, False)
     described = describe_target("cpu", opt)
     assert described["target"]["opt-level"] == level
     assert described["activations"] == activations
+
+
+@pytest.mark.parametrize(("switch", "is_on"), [("cudagraph=1", True), ("cudagraph=0", False)])
+def test_graphs_are_recorded_on_cuda_alone(switch, is_on) -> None:
+    described = describe_any_target("cuda:sm_90", f"O3;{switch}")
+    assert described.get("cuda_graph", False) is is_on
+    assert "cuda_graph" not in describe_any_target("cuda:sm_90", "O3")
+    for device in ("opencl", "metal", "webgpu"):
+        with pytest.raises(OptionError, match=f"cudagraph has no effect on {device}"):
+            describe_any_target(device, switch)
+    with pytest.raises(OptionError, match=r"'cudagraph=yes' is not known; use .*cudagraph=0"):
+        describe_any_target("cuda:sm_90", "cudagraph=yes")
 
 
 @pytest.mark.parametrize(

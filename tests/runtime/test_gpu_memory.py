@@ -79,3 +79,12 @@ def test_free_memory(memory) -> None:
 def test_no_room(memory) -> None:
     with pytest.raises(DeviceError, match=r"cpu:0 has no room for .* MiB more"):
         memory.empty((1 << 30, 1 << 28), "float32")
+
+
+def test_fixed_inputs_stay_where_they_are(memory) -> None:
+    (first, _) = memory.place_fixed([np.arange(8, dtype=np.int32)[None], np.ones(1, np.int32)], 64)
+    memory.place([np.zeros(5000, np.int32)])
+    later = [np.arange(100, 164, dtype=np.int32)[None], np.full(1, 7, np.int32)]
+    for tensor, array in zip(memory.place_fixed(later, 64), later, strict=True):
+        np.testing.assert_array_equal(memory.array(tensor), array)
+    np.testing.assert_array_equal(memory.array(first), later[0][:, :8])
