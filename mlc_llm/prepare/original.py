@@ -67,6 +67,7 @@ def huggingface_form(source: Path) -> Iterator[Path]:
     if source.is_dir():
         yield source
         return
+    from mlc_llm.prepare.gguf_sentences import write_sentence_files
     from mlc_llm.prepare.gguf_tokenizer import write_tokenizer
     from mlc_llm.weights.open import open_source
 
@@ -76,10 +77,21 @@ def huggingface_form(source: Path) -> Iterator[Path]:
             config = json.dumps(weights.config)
         write_atomically(directory / "config.json", config)
         write_tokenizer(source, directory)
+        write_sentence_files(source, directory)
         if source.name == DEMO_FILE:
             path = directory / "generation_config.json"
             write_atomically(path, json.dumps({**read_json_object(path), **DEMO_SAMPLING}))
         yield directory
+
+
+def is_encoder(source: Path) -> bool:
+    """Return whether a Hugging Face directory or .gguf file is a BERT. Raises ModelError."""
+    from mlc_llm.weights.open import open_source
+
+    if source.is_dir():
+        return read_json_object(source / "config.json").get("model_type") == "bert"
+    with contextlib.closing(open_source(source)) as weights:
+        return bool(weights.config["model_type"] == "bert")
 
 
 def read_model(config_path: Path, model_type: str = "auto") -> tuple[Family, DecoderConfig]:
@@ -99,6 +111,9 @@ def read_model(config_path: Path, model_type: str = "auto") -> tuple[Family, Dec
     else:
         with contextlib.closing(open_source(origin)) as weights:
             config = weights.config
+        from mlc_llm.prepare.gguf_sentences import read_gguf_settings
+
+        settings = read_gguf_settings(origin)
     family = find_family(config, model_type, "chat" if settings is None else "embedding")
     model_config = family.config_from_huggingface(config)
     max_len = None if settings is None else settings.max_len

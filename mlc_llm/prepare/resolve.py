@@ -17,7 +17,6 @@ from mlc_llm.artifact import (
     CHAT_CONFIG_NAME,
     ChatConfig,
     read_chat_config,
-    read_json_object,
     read_tensor_index,
 )
 from mlc_llm.errors import (
@@ -44,7 +43,7 @@ from mlc_llm.prepare.demo import (
 from mlc_llm.prepare.download import HubAccess, fetch, is_repo, parse_repo
 from mlc_llm.prepare.layer_formats import find_layer_formats, has_codes, read_layer_formats
 from mlc_llm.prepare.origin import Origin, conversion_key, write_origin
-from mlc_llm.prepare.original import find_source, huggingface_form, read_model
+from mlc_llm.prepare.original import find_source, huggingface_form, is_encoder, read_model
 from mlc_llm.prepare.progress import Progress
 
 if TYPE_CHECKING:
@@ -106,10 +105,8 @@ def prepare_artifact(
 
 
 def _default_for(source: Path, default: str) -> str:
-    """Return what a model is converted to where nobody says, read from its files alone."""
-    if source.is_dir() and read_json_object(source / "config.json").get("model_type") == "bert":
-        return ENCODER_QUANTIZATION
-    return default
+    """Return what a model is converted to where nobody says; reads headers alone."""
+    return ENCODER_QUANTIZATION if is_encoder(source) else default
 
 
 def usual_quantization(source: Path, default: str = DEFAULT_QUANTIZATION) -> str:

@@ -6,6 +6,7 @@ and the fields of `config.json`. Files are read by gguf_config.py and gguf.py.
 
 from __future__ import annotations
 
+from mlc_llm.weights.gguf_bert import BERT
 from mlc_llm.weights.gguf_deepseek import DEEPSEEK2
 from mlc_llm.weights.gguf_hybrid import QWEN35
 from mlc_llm.weights.gguf_parts import (
@@ -180,6 +181,7 @@ ARCHITECTURES = {
         constants={"moe_layer_freq": 1, "norm_topk_prob": False},
     ),
     "deepseek2": DEEPSEEK2,
+    "bert": BERT,
     "gpt2": Architecture(
         "gpt2",
         "GPT2LMHeadModel",

@@ -12,6 +12,7 @@ import numpy as np
 import openai
 import pytest
 from demo_model import place_demo_model
+from gguf_bert import write_bert_gguf
 from minilm import fetch_minilm
 from program import Program
 from running_server import running_server
@@ -100,6 +101,18 @@ def test_beside_a_model_for_chats(program: Program, minilm: Path, demo_gguf: Pat
 
 def test_it_cannot_chat(program: Program, minilm: Path) -> None:
     program.refuse("chat", minilm, "--prompt", "hello", words="is a model for embeddings")
+
+
+def test_as_a_gguf_file(
+    program: Program, client: openai.OpenAI, minilm: Path, tmp_path: Path
+) -> None:
+    path = write_bert_gguf(minilm, tmp_path / "minilm.gguf", "mean", context=256)
+    with running_server(program, path, "--model-id", "minilm") as server:
+        with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as other:
+            found = other.embeddings.create(model="minilm", input=TEXTS)
+    expected = client.embeddings.create(model="minilm", input=TEXTS)
+    assert found.usage == expected.usage
+    assert [item.embedding for item in found.data] == [item.embedding for item in expected.data]
 
 
 def test_vocab_txt_is_enough(program: Program, minilm: Path, tmp_path: Path) -> None:

@@ -53,6 +53,7 @@ def conversion(monkeypatch: pytest.MonkeyPatch) -> FakeConversion:
     monkeypatch.setattr(resolve, "_convert_model", fake)
     # GGUF files of these tests have no headers; that of the demo model stands for quantized ones.
     monkeypatch.setattr(resolve, "has_codes", lambda source: source.name == DEMO_FILE)
+    monkeypatch.setattr(resolve, "is_encoder", lambda source: False)
     return fake
 
 

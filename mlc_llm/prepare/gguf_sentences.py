@@ -1,0 +1,54 @@
+"""What a GGUF file says of vectors and scores, as files of a sentence-transformers repository.
+
+Knows the keys and tensors of such files. sentence_transformers.py reads the result.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mlc_llm.artifact import write_atomically
+from mlc_llm.errors import UnsupportedModel
+from mlc_llm.prepare.sentence_transformers import MODULES_NAME, SentenceSettings
+from mlc_llm.weights.gguf_file import GGUFFile
+
+# llama.cpp's numbers of ways to make one vector of a text; 0 is none.
+_POOLINGS = {1: "mean", 2: "cls", 3: "last"}
+
+
+def read_gguf_settings(path: Path) -> SentenceSettings | None:
+    """Return how vectors are made; None where a file is not for embeddings.
+
+    Vectors have the length 1, as llama.cpp makes them. Raises CorruptFile and UnsupportedModel.
+    """
+    file = GGUFFile(path)
+    name = file.get("general.architecture", str)
+    key = f"{name}.pooling_type"
+    number = file.get(key, int, 0)
+    if number == 0:
+        return None
+    if number not in _POOLINGS:
+        raise UnsupportedModel(
+            f"{path} asks for pooling by the number {number} ({key}); this release pools by "
+            f"{', '.join(_POOLINGS.values())}"
+        )
+    max_len = file.get(f"{name}.context_length", int)
+    return SentenceSettings(_POOLINGS[number], is_normalized=True, max_len=max_len)
+
+
+def write_sentence_files(path: Path, output: Path) -> None:
+    """Write `modules.json` and the settings of modules for a GGUF file that is for embeddings."""
+    settings = read_gguf_settings(path)
+    if settings is None:
+        return
+    modules = [("Transformer", ""), ("Pooling", "1_Pooling"), ("Normalize", "2_Normalize")]
+    pooling = "lasttoken" if settings.pooling == "last" else settings.pooling
+    (output / "1_Pooling").mkdir(parents=True, exist_ok=True)
+    _write(output / "1_Pooling" / "config.json", {"pooling_mode": pooling})
+    _write(output / MODULES_NAME, [{"type": kind, "path": folder} for kind, folder in modules])
+
+
+def _write(path: Path, content: Any) -> None:
+    write_atomically(path, json.dumps(content, indent=1) + "\n")
