@@ -15,6 +15,7 @@ from tvm.relax import transform
 from tvm.s_tir import dlight
 
 from mlc_llm.compiler.cuda_graphs import capture_entry
+from mlc_llm.compiler.few_rows import ByRows
 from mlc_llm.compiler.pipeline import temporary_bytes
 from mlc_llm.kernels.cpu.sampling import sample
 
@@ -67,7 +68,7 @@ def schedule_rules() -> Any:
     """Return the pass that binds kernels to threads, each by the first rule that fits."""
     rules = dlight.gpu
     return dlight.ApplyDefaultSchedule(
-        _Products(),
+        ByRows(_Products()),
         _Careful(rules.GEMV()),
         _Careful(rules.Reduction()),
         rules.GeneralReduction(),

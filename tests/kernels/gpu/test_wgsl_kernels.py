@@ -172,7 +172,7 @@ def test_product_with_weights(webgpu, dtype, n, has_bias) -> None:
     check(webgpu, kernel, expected.astype(dtype), x=x, weight=weight, **extra)
 
 
-@pytest.mark.parametrize("n", [1, 70])
+@pytest.mark.parametrize("n", [1, 7, 70])
 @pytest.mark.parametrize("name", ["q4f32_1", "q4f16_1", "q4f16_0", "q3f16_1", "q8f16_1"])
 def test_product_with_quantized_weights(webgpu, name, n) -> None:
     scheme = get_scheme(name)
@@ -190,7 +190,7 @@ def test_product_with_quantized_weights(webgpu, name, n) -> None:
     check(webgpu, kernel, expected, x=x, words=words, scales=scales)
 
 
-@pytest.mark.parametrize("n", [1, 70])
+@pytest.mark.parametrize("n", [1, 7, 70])
 @pytest.mark.parametrize(
     ("bits", "group_size", "zero"),
     [(4, 32, 8), (4, 32, None), (5, 32, 16), (5, 32, None), (6, 16, 32), (8, 32, 128)],

@@ -148,7 +148,7 @@ def launches_of(host: str, symbols: dict[str, int]) -> list[tuple[str, tuple[int
 
     _, after_checks = host.split("__tvm_set_device", 1)
     kept = re.findall(
-        r"^ +(?:cse_v\d+: |if |else:|T\.call_ffi_kernel).*", after_checks, re.MULTILINE
+        r"^ +(?:cse_v\d+: |if |else:|for |T\.call_ffi_kernel).*", after_checks, re.MULTILINE
     )
     code = re.sub(r": T\.let\[.*?\] =", " =", textwrap.dedent("\n".join(kept)))
     code = re.sub(r"\b\w+[.]data\b", "None", code).replace("T.call_ffi_kernel", "start")
@@ -161,6 +161,10 @@ class _Script:
 
     int64 = int32 = int
     min, max = min, max
+
+    @staticmethod
+    def Select(condition: bool, yes: int, no: int) -> int:
+        return yes if condition else no
 
     @staticmethod
     def Cast(_: str, value: int) -> int:
