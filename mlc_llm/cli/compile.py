@@ -11,6 +11,7 @@ import typer
 
 from mlc_llm.cli.options import (
     COMPILE_OVERRIDES,
+    OPT_HELP,
     ModelTypeOption,
     parse_overrides,
 )
@@ -66,7 +67,7 @@ def compile_library(
             "auto for what the device implies.",
         ),
     ] = "auto",
-    opt: Annotated[str, typer.Option(metavar="O0..O3", help="Optimization level.")] = "O2",
+    opt: Annotated[str, typer.Option(metavar="O0..O3", help=OPT_HELP)] = "O2",
     overrides: Annotated[
         str,
         typer.Option(

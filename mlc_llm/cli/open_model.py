@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mlc_llm.cli.options import CHAT_OVERRIDES
+from mlc_llm.cli.options import CHAT_OVERRIDES, OPT_HELP
 from mlc_llm.errors import ModelNotFound, OptionError
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ OverridesOption = Annotated[
 ]
 OptOption = Annotated[
     str | None,
-    typer.Option("--opt", metavar="O0..O3", help="Optimization level (O2 if left out)."),
+    typer.Option("--opt", metavar="O0..O3", help=f"{OPT_HELP} O2 if left out."),
 ]
 ThreadsOption = Annotated[
     int | None,

@@ -24,6 +24,10 @@ DeviceOption = Annotated[
         help="Device to run on: auto, cpu, or a GPU: cuda, cuda:1, metal, opencl.",
     ),
 ]
+OPT_HELP = (
+    "Optimization level, and settings after semicolons: 'O2;activations=float32' keeps activations "
+    "exact on CPUs, 'O2;cudagraph=1' records steps of one token as CUDA graphs."
+)
 QuantizationOption = Annotated[
     str, typer.Option(metavar="NAME", help="Quantization of the weights, such as q4f16_1.")
 ]
