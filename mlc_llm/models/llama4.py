@@ -16,7 +16,7 @@ from mlc_llm.models.base import CausalLM, Family, build_decoder
 from mlc_llm.models.checking import check_layer_types
 from mlc_llm.models.config import join_text_config
 from mlc_llm.models.llama import FUSED, LlamaConfig, attention_shape
-from mlc_llm.models.moe import check_experts, outputs_first
+from mlc_llm.models.moe import check_experts, expert_rule, outputs_first
 from mlc_llm.models.plan import ParamRule
 from mlc_llm.models.rules import beside_images
 from mlc_llm.nn import expert_ops, ops, row_ops
@@ -40,6 +40,7 @@ class Llama4Config(LlamaConfig):
     layer has experts, every `no_rope_layer_interval`-th has neither positions nor chunks, and
     queries there grow with the length of the text. no_rope_layers: 1 for a layer with positions.
     Models that see images have these fields in `text_config`, and leave out what is usual.
+    has_split_experts: whether the checkpoint has each expert's tensors alone, as GGUF files do.
     """
 
     DEFAULTS: ClassVar[Mapping[str, Any]] = {
@@ -70,6 +71,7 @@ class Llama4Config(LlamaConfig):
     attn_temperature_tuning: bool = True
     floor_scale: float = 8192
     attn_scale: float = 0.1
+    has_split_experts: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -258,8 +260,15 @@ def build(config: Llama4Config, dtype: str) -> CausalLM:
     )
 
 
+_EXPERT_PARTS = {
+    "experts.gate_up_proj": ("gate_proj", "up_proj"),
+    "experts.down_proj": ("down_proj",),
+}
+
+
 def _special(config: Llama4Config, parameter: str) -> ParamRule | None:
-    del config
+    if config.has_split_experts:
+        return expert_rule(parameter, _EXPERT_PARTS, config.num_local_experts)
     is_stacked = ".experts." in parameter
     return ParamRule((parameter.removesuffix(".weight"),), outputs_first) if is_stacked else None
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from mlc_llm.weights.gguf_bert import BERT
 from mlc_llm.weights.gguf_deepseek import DEEPSEEK2
 from mlc_llm.weights.gguf_hybrid import QWEN35
+from mlc_llm.weights.gguf_llama4 import LLAMA4
 from mlc_llm.weights.gguf_parts import (
     ATTENTION,
     BLOCK,
@@ -45,6 +46,7 @@ from mlc_llm.weights.gguf_parts import (
 
 ARCHITECTURES = {
     "llama": Architecture("llama", "LlamaForCausalLM", LLAMA, HALVES),
+    "llama4": LLAMA4,
     "qwen": Architecture(
         "qwen",
         "QWenLMHeadModel",

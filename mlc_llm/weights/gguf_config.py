@@ -32,7 +32,8 @@ def find_architecture(file: GGUFFile) -> tuple[str, Architecture]:
         raise CorruptFile(f"{file.path} does not say its architecture; is it a model?")
     if name not in ARCHITECTURES:
         raise UnsupportedModel(
-            f"{file.path} has architecture {name!r:.60}; GGUF works for {', '.join(ARCHITECTURES)}"
+            f"{file.path} has architecture {name!r:.60}, which is not supported; GGUF works for "
+            f"{', '.join(sorted(ARCHITECTURES))}"
         )
     if name == "llama" and file.get("llama.expert_count", int, 0):
         return name, MIXTRAL

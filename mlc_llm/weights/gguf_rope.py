@@ -52,9 +52,12 @@ def llama3_factors(
 ) -> NDArray[np.float64]:
     """Return the divisors of `llama3` scaling: 1 at high frequencies, `factor` at low ones.
 
-    In between 1 / divisor grows in a straight line with the turns made within `context` tokens.
+    In between 1 / divisor grows in a straight line with the turns made within `context` tokens;
+    there is no such line where both bounds are the same.
     """
     turns = context * frequencies / (2 * math.pi)
+    if low == high:
+        return np.where(turns > high, 1.0, factor)
     smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
     divisors: NDArray[np.float64] = 1.0 / ((1.0 - smooth) / factor + smooth)
     return divisors
@@ -63,11 +66,16 @@ def llama3_factors(
 def _candidates(
     factors: NDArray[np.float64], frequencies: NDArray[np.float64], largest: float
 ) -> list[tuple[int, float, float]]:
-    """Return (context, low, high) to try: the usual one, then one solved from the ramp.
+    """Return (context, low, high) to try: usual ones, then one solved from the ramp or the step.
 
     Only context / low and context / high matter, so `low` may be fixed at 1.
     """
-    candidates = [(_STANDARD_CONTEXT, _STANDARD_LOW, _STANDARD_HIGH)]
+    candidates = [(_STANDARD_CONTEXT, _STANDARD_LOW, high) for high in (_STANDARD_HIGH, 1.0)]
+    num_plain = int((factors < 1 + _TOLERANCE).sum())
+    if 0 < num_plain < len(factors):
+        # Any length of text does that makes just one turn between these two frequencies.
+        between = math.sqrt(frequencies[num_plain - 1] * frequencies[num_plain])
+        candidates.append((round(2 * math.pi / between), 1.0, 1.0))
     ramp = np.flatnonzero((factors > 1 + _TOLERANCE) & (factors < largest * (1 - _TOLERANCE)))
     if len(ramp) >= 2:
         ends = ramp[[0, -1]]

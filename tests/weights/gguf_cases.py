@@ -42,7 +42,9 @@ def metadata_of(config, architecture):
         "block_count": first(config, "num_hidden_layers", "n_layer", "num_layers"),
         "context_length": first(config, "max_position_embeddings", "n_positions", "seq_length"),
         "embedding_length": hidden,
-        "feed_forward_length": first(config, "intermediate_size", "n_inner", "ffn_hidden_size")
+        "feed_forward_length": first(
+            config, "intermediate_size_mlp", "intermediate_size", "n_inner", "ffn_hidden_size"
+        )
         or 4 * hidden,
         "attention.head_count": heads,
         "attention.head_count_kv": first(config, "num_key_value_heads", "multi_query_group_num")
@@ -156,6 +158,15 @@ def split_parts(name, tensor, metadata):
             yield name.replace("wqkv", f"w{part}"), rows.reshape(-1, tensor.shape[1])
     elif name.endswith(".sinks"):
         yield f"{name}.weight", tensor
+    elif ".feed_forward.experts." in name:
+        experts, _, part = name.rpartition(".")
+        for expert, rows in enumerate(tensor.swapaxes(1, 2)):
+            if part == "down_proj":
+                yield f"{experts}.{expert}.down_proj.weight", rows
+            else:
+                gate, up = np.split(rows, 2)
+                yield f"{experts}.{expert}.gate_proj.weight", gate
+                yield f"{experts}.{expert}.up_proj.weight", up
     elif re.search(r"\.experts\.(gate_up|down)_proj(_bias)?$", name):
         experts, _, part = name.rpartition(".")
         leaf = "bias" if part.endswith("_bias") else "weight"
@@ -167,6 +178,25 @@ def split_parts(name, tensor, metadata):
                 yield f"{experts}.{expert}.up_proj.{leaf}", rows[1::2]
     else:
         yield name, tensor
+
+
+def llama3_factors(rope, head_dim):
+    """Return what rotary frequencies are divided by."""
+    factors = []
+    context, low, high = (
+        rope[name]
+        for name in ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor")
+    )
+    for pair in range(head_dim // 2):
+        turns = context / (2 * np.pi * rope["rope_theta"] ** (2 * pair / head_dim))
+        if turns > high:
+            factors.append(1)
+        elif turns < low:
+            factors.append(rope["factor"])
+        else:
+            smooth = (turns - low) / (high - low)
+            factors.append(1 / ((1 - smooth) / rope["factor"] + smooth))
+    return np.array(factors, np.float32)
 
 
 def write_case(path, source):
@@ -197,6 +227,8 @@ def write_case(path, source):
         if f"{length}_factor" in rope:
             factors = np.array(rope[f"{length}_factor"], np.float32)
             tensors[f"rope_factors_{length}.weight"] = factors
+    if "low_freq_factor" in rope:
+        tensors["rope_freqs.weight"] = llama3_factors(rope, metadata["attention.key_length"])
     arch = ARCH_OF[config["architectures"][0]]
     remove = ("attention.layer_norm_rms_epsilon", "rope.freq_base")
     remove = tuple(key for key in remove if key not in metadata)

@@ -34,6 +34,11 @@ _UNSAID = {
     "qwen3_bias_window_old_config": ("sliding_window_size", "max_window_layers", "layer_types"),
     "starcoder2": ("sliding_window_size",),
     "qwen": ("use_logn_attn", "use_dynamic_ntk", "seq_length"),
+    # Of all published models the same.
+    "llama4_text": (
+        *("layer_types", "no_rope_layers", "moe_layers"),
+        *("attention_chunk_size", "floor_scale", "attn_scale"),
+    ),
     "gpt_oss": ("layer_types", "swiglu_alpha", "swiglu_limit"),
 }
 
