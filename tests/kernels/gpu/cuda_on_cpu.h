@@ -9,7 +9,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <vector>
@@ -29,6 +28,10 @@ static float2 make_float2(float x, float y) { return {x, y}; }
 #define __restrict__
 #define __shared__ static
 #define __launch_bounds__(threads)
+
+// The line of a rule that was broken.
+static int fault;
+static void require(bool is_so, int line) { if (!is_so) fault = line; }
 
 static Index blockIdx, threadIdx;
 static int num_threads;
@@ -53,7 +56,7 @@ static void __syncthreads() {
 
 static void run_thread() {
   (*kernel_call)();
-  if (!copies[threadIdx.x].empty()) abort();  // began and never waited for
+  require(copies[threadIdx.x].empty(), __LINE__);  // those that began were waited for
   has_ended[threadIdx.x] = true;
   _longjmp(scheduler_place, 1);
 }
@@ -65,7 +68,7 @@ static void go_on(int t, bool is_new) {
   _longjmp(places[t], 1);
 }
 
-static void run_blocks(int blocks_x, int blocks_y, int threads, const std::function<void()>& call) {
+static int run_blocks(int blocks_x, int blocks_y, int threads, const std::function<void()>& call) {
   const size_t stack_bytes = 65536;
   std::vector<char> stacks(stack_bytes * threads);
   num_threads = threads;
@@ -90,6 +93,7 @@ static void run_blocks(int blocks_x, int blocks_y, int threads, const std::funct
       }
     }
   }
+  return fault;
 }
 
 // Show words to all lanes of the warp; returns those of its first lane.
@@ -118,7 +122,7 @@ static const void* __cvta_generic_to_global(const void* place) { return place; }
 static char* shared_place(unsigned place) { return &shared_base + (int)place; }
 
 static void cp_async_cg_shared_global(unsigned to, const void* from, int bytes) {
-  if (bytes != 16 || (size_t)shared_place(to) % 16 || (size_t)from % 16) abort();
+  require(bytes == 16 && (size_t)shared_place(to) % 16 == 0 && (size_t)from % 16 == 0, __LINE__);
   copies[threadIdx.x].push_back({shared_place(to), from});
 }
 
@@ -129,7 +133,7 @@ static void cp_async_wait_all() {
 
 // Matrix i has its eight rows, of 8 items each, where lanes 8i to 8i + 7 say.
 static void load_matrices(unsigned** to, unsigned row, bool is_transposed) {
-  if ((size_t)shared_place(row) % 16) abort();
+  require((size_t)shared_place(row) % 16 == 0, __LINE__);
   int lane = threadIdx.x % 32;
   auto* lanes = show(place_of(shared_place(row)));
   for (int i = 0; i < 4; ++i) {

@@ -53,7 +53,8 @@ def run(
             else ctypes.c_int(numbers.pop(0))
             for parameter in parameters
         ]
-        library.launch(*groups, threads, *given)
+        fault = library.launch(*groups, threads, *given)
+        assert not fault, f"line {fault} of {_PRELUDE.name}"
     return held
 
 
@@ -84,8 +85,8 @@ def as_cpp(source: str, name: str) -> tuple[str, list[str], int]:
     helpers = [_ASM.sub(_as_call, helper) for helper in _HELPER.findall(source)]
     call = f"{name}({', '.join(parameters)});"
     launch = (
-        f'extern "C" void launch(int blocks_x, int blocks_y, int threads, {found[2]}) {{\n'
-        f"  run_blocks(blocks_x, blocks_y, threads, [=] {{ {call} }});\n}}"
+        f'extern "C" int launch(int blocks_x, int blocks_y, int threads, {found[2]}) {{\n'
+        f"  return run_blocks(blocks_x, blocks_y, threads, [=] {{ {call} }});\n}}"
     )
     return "\n".join([_PRELUDE.read_text(), *helpers, body, launch]), parameters, int(found[1])
 
