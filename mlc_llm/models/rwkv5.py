@@ -32,7 +32,8 @@ class RwkvConfig(DecoderConfig):
     """Heads follow from `head_size`. There is no limit of the context but the one that is set.
 
     VERSION: what `model_version` must be. head_size_divisor: heads are divided by it before their
-    norm. rescale_every: hidden states are halved after so many layers, 0 for never.
+    norm. rescale_every: hidden states are halved after so many layers, 0 for never. is_rescaled:
+    whether the checkpoint has weights for that already, as GGUF files have.
     """
 
     ALIASES: ClassVar[Mapping[str, tuple[str, ...]]] = {"rms_norm_eps": ("layer_norm_epsilon",)}
@@ -41,6 +42,7 @@ class RwkvConfig(DecoderConfig):
     head_size: int = 64
     head_size_divisor: int = 8
     rescale_every: int = 0
+    is_rescaled: bool = False
     model_version: str = "5_2"
 
     def __post_init__(self) -> None:
@@ -84,6 +86,7 @@ class RwkvConfig(DecoderConfig):
             "rms_norm_eps": float(config.get("rms_norm_eps") or 1e-5),
             "tie_word_embeddings": bool(config.get("tie_word_embeddings", False)),
             "rescale_every": int(config.get("rescale_every") or 0),
+            "is_rescaled": bool(config.get("is_rescaled", False)),
             "model_version": str(config.get("model_version") or cls.VERSION),
             "position_embedding_base": 10000.0,
         }
@@ -280,7 +283,7 @@ def build(config: RwkvConfig, dtype: str) -> CausalLM:
 def rule_for(config: RwkvConfig, parameter: str) -> ParamRule:
     """Return the rule of a parameter: Hugging Face calls `model` `rwkv`, and rescales later."""
     source = parameter.replace("model.", "rwkv.", 1)
-    if config.rescale_every == 0 or not parameter.endswith(_RESCALED):
+    if config.is_rescaled or config.rescale_every == 0 or not parameter.endswith(_RESCALED):
         return ParamRule((source,))
     layer = int(parameter.split(".")[2])
     divisor = np.float32(2 ** (layer // config.rescale_every))

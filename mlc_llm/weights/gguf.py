@@ -30,6 +30,8 @@ __all__ = ["ARCHITECTURES", "GGUFSource"]
 
 # Tables a program can compute from the configuration; not parameters.
 _TABLES = re.compile(r"^(rope_freqs|rope_factors_(long|short)|(blk\.\d+\.)?attn_rot_embd)\.weight$")
+# Where names have the number of an expert, or the letter of another part of a stacked tensor.
+_PART = re.compile(r"\{(\w+)\}")
 _NUMBER = re.compile(r"(?<=^blk\.)\d+(?=\.)")
 
 
@@ -123,7 +125,7 @@ class GGUFSource:
 def _huggingface_names(tensor: GGUFTensor, architecture: Architecture) -> dict[str, _Stored]:
     """Translate a name; an unknown one stays, so that the converter reports it as surplus.
 
-    Stacked experts become one tensor each.
+    Stacked experts, and parts of other stacked tensors, become one tensor each.
     """
     number = _NUMBER.search(tensor.name)
     whole = _pattern(tensor.name, number)
@@ -139,13 +141,16 @@ def _huggingface_names(tensor: GGUFTensor, architecture: Architecture) -> dict[s
     change = architecture.changes.get(pattern)
     if change == "plus_one" and kind == "bias":
         change = None
-    if "{expert}" not in name:
+    place = _PART.search(name)
+    if place is None:
         return {name: _Stored(tensor, change)}
-    if len(tensor.shape) < 2 or tensor.shape[0] > MAX_EXPERTS:
-        raise CorruptFile(f"{tensor.path} has experts {tensor.name} of shape {list(tensor.shape)}")
+    count, letters = tensor.shape[0], "" if place[1] == "expert" else place[1]
+    if len(tensor.shape) < 2 or count > MAX_EXPERTS or (letters and count != len(letters)):
+        what = "parts" if letters else "experts"
+        raise CorruptFile(f"{tensor.path} has {what} {tensor.name} of shape {list(tensor.shape)}")
     return {
-        name.replace("{expert}", str(expert)): _Stored(part, change)
-        for expert, part in enumerate(tensor.split())
+        name.replace(place[0], letters[part] if letters else str(part)): _Stored(content, change)
+        for part, content in enumerate(tensor.split())
     }
 
 

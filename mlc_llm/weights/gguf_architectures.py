@@ -43,6 +43,7 @@ from mlc_llm.weights.gguf_parts import (
     Architecture,
     plus_one,
 )
+from mlc_llm.weights.gguf_rwkv import RWKV6
 
 ARCHITECTURES = {
     "llama": Architecture("llama", "LlamaForCausalLM", LLAMA, HALVES),
@@ -149,6 +150,7 @@ ARCHITECTURES = {
         has_partial_rotary=True,
         with_window=True,
     ),
+    "rwkv6": RWKV6,
     "stablelm": Architecture(
         "stablelm",
         "StableLmForCausalLM",

@@ -144,6 +144,7 @@ INVERSES: dict[Change, Inverse] = {
     "plus_one": Inverse(_subtract_one),
     "transposed": Inverse(_transpose, _transposed_shape),
     "flat": _reshape(lambda shape: (1, *shape) if len(shape) == 1 else shape),
+    "flat_row": _reshape(lambda shape: (1, 1, shape[-1])),
     "tiled_rows": Inverse(_group_heads, keeps_codes=_always),
     "tiled_last_rows": Inverse(_group_last_heads, keeps_codes=_always),
     "tiled_columns": Inverse(_group_columns, keeps_codes=_has_whole_groups),

@@ -53,9 +53,12 @@ def build_config(file: GGUFFile, name: str, architecture: Architecture) -> dict[
     if embedding is None or len(embedding.shape) != 2:
         raise ParameterMismatch(f"{file.path} has no embedding table (token_embd.weight)")
     hidden_size = reader.count("embedding_length")
-    num_heads = reader.count("attention.head_count")
-    head_dim = reader.count("attention.key_length", hidden_size // num_heads)
-    if head_dim == 0 or head_dim % 2:
+    if architecture.is_recurrent:
+        num_heads = hidden_size // reader.count("wkv.head_size")
+    else:
+        num_heads = reader.count("attention.head_count")
+    head_dim = reader.count("attention.key_length", hidden_size // max(num_heads, 1))
+    if num_heads == 0 or head_dim == 0 or head_dim % 2:
         raise CorruptFile(f"{file.path}: {num_heads} heads of {head_dim} values make no model")
     if not architecture.is_latent:
         reader.refuse_unless("attention.value_length", head_dim, "value heads of another size")

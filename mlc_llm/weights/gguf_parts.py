@@ -11,7 +11,8 @@ from mlc_llm.weights.gguf_file import GGUFFile
 # How the converter of llama.cpp changed a tensor; gguf_changes.py undoes it.
 # q_halves, k_halves: the two rotary halves of each head's rows are interleaved.
 # qkv_groups: q, k and v of all heads were sorted apart. plus_one: 1 was added to weights.
-# transposed: inputs and outputs are exchanged. flat: an extent of 1 was dropped in front.
+# transposed: inputs and outputs are exchanged. flat, flat_row: an extent of 1 was dropped in front,
+# or all of them but the last.
 # tiled_...: value heads of linear attention are in another order, by rows, by the last of the rows
 # or by columns; of the logarithm of decays -exp() was taken, too; a convolution lost an extent.
 Change = Literal[
@@ -21,6 +22,7 @@ Change = Literal[
     "plus_one",
     "transposed",
     "flat",
+    "flat_row",
     "tiled_rows",
     "tiled_last_rows",
     "tiled_columns",
@@ -36,13 +38,14 @@ class Architecture:
     """One architecture. `{layer}` and `{expert}` in names stand for numbers.
 
     tensors: GGUF name -> Hugging Face name, both without `.weight` or `.bias`; stacked experts have
-    `{expert}` in the latter. exact: the same with these endings, where they are not the same or not
-    there. changes: GGUF name -> how its values differ. fields: names that `config.json` has for
-    what every decoder has, where they are not Llama's; None leaves one out. numbers and constants:
-    further fields. has_partial_rotary: whether fewer values than a head has may be rotated, as
-    `partial_rotary_factor`; with_window: whether a sliding window is known; is_latent: whether keys
-    and values are of a latent, so that lengths are not those of heads. finish: changes what else
-    `config.json` has otherwise; it may raise UnsupportedModel.
+    `{expert}` in the latter, other stacked tensors the letters of their parts. exact: the same with
+    these endings, where they are not alike. changes: GGUF name -> how its values differ. fields:
+    names that `config.json` has for what every decoder has, where they are not Llama's; None leaves
+    one out. numbers and constants: further fields. has_partial_rotary: whether fewer values than a
+    head has may be rotated, as `partial_rotary_factor`; with_window: whether a sliding window is
+    known; is_latent: whether keys and values are of a latent, so that lengths are not those of
+    heads; is_recurrent: whether there are neither. finish: changes what else `config.json` has
+    otherwise; it may raise UnsupportedModel.
     """
 
     model_type: str
@@ -56,6 +59,7 @@ class Architecture:
     has_partial_rotary: bool = False
     with_window: bool = False
     is_latent: bool = False
+    is_recurrent: bool = False
     finish: Callable[[GGUFFile, dict[str, Any]], None] | None = None
 
 

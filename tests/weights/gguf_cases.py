@@ -7,6 +7,10 @@ import numpy as np
 from gguf_hybrid_cases import hybrid_metadata, store_hybrid
 from make_gguf import interleave_halves, write_gguf
 
+from mlc_llm.models.registry import find_family
+from mlc_llm.quantization.apply import plan_parameters
+from mlc_llm.quantization.schemes import get_scheme
+from mlc_llm.weights.convert import convert
 from mlc_llm.weights.gguf_architectures import ARCHITECTURES, MIXTRAL
 from mlc_llm.weights.gguf_deepseek import DEEPSEEK3
 
@@ -233,3 +237,13 @@ def write_case(path, source):
     remove = ("attention.layer_norm_rms_epsilon", "rope.freq_base")
     remove = tuple(key for key in remove if key not in metadata)
     return write_gguf(path, tensors, arch=arch, metadata=metadata, remove=remove)
+
+
+def converted(source, output):
+    """Return the family, the configuration and the exact weights of a checkpoint."""
+    family = find_family(source.config)
+    config = family.config_from_huggingface(source.config)
+    plan = plan_parameters(family, config, get_scheme("q0f32"))
+    convert(plan, source, output, lambda done, total, name: None)
+    files = sorted(path for path in output.iterdir() if path.suffix == ".bin")
+    return family, config, b"".join(path.read_bytes() for path in files)

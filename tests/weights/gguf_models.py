@@ -61,7 +61,7 @@ METADATA = {
 }
 WITHOUT_EXPERTS = {key: value for key, value in METADATA.items() if "expert" not in key}
 # With arithmetic of their own: only the references that test_gguf_families.py writes are tried.
-OWN_ARITHMETIC = ("bert", "llama4", "qwen35")
+OWN_ARITHMETIC = ("bert", "llama4", "qwen35", "rwkv6")
 _TABLES = {name: item for name, item in ARCHITECTURES.items() if name not in OWN_ARITHMETIC}
 CASES = {**_TABLES, "mixtral": MIXTRAL, "phi-msft": PHI_MSFT, "deepseek_v3": DEEPSEEK3}
 # Told apart by their content.

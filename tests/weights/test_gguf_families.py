@@ -3,13 +3,9 @@
 import gguf
 import numpy as np
 import pytest
-from gguf_cases import write_case
+from gguf_cases import converted, write_case
 from reference_cases import read_cases
 
-from mlc_llm.models.registry import find_family
-from mlc_llm.quantization.apply import plan_parameters
-from mlc_llm.quantization.schemes import get_scheme
-from mlc_llm.weights.convert import convert
 from mlc_llm.weights.gguf_architectures import ARCHITECTURES, MIXTRAL
 from mlc_llm.weights.open import open_source
 
@@ -25,6 +21,8 @@ _NOT_IN_GGUF = (
     *("deepseek_v2_greedy_yarn", "deepseek_v3_yarn"),
     # Not read from GGUF: experts of MiniCPM, norms of single heads of StableLM.
     *("minicpm_moe", "stablelm_parallel"),
+    # Written by test_gguf_rwkv.py.
+    "rwkv6",
 )
 # Fields of some cases that GGUF has no place for; of real models they follow from the others.
 _UNSAID = {
@@ -47,15 +45,6 @@ CASES = [
     for case in read_cases()
     if case.model_type in _MODEL_TYPES and case.name not in _NOT_IN_GGUF
 ]
-
-
-def converted(source, output):
-    family = find_family(source.config)
-    config = family.config_from_huggingface(source.config)
-    plan = plan_parameters(family, config, get_scheme("q0f32"))
-    convert(plan, source, output, lambda done, total, name: None)
-    files = sorted(path for path in output.iterdir() if path.suffix == ".bin")
-    return family, config, b"".join(path.read_bytes() for path in files)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
