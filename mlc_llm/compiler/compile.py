@@ -29,7 +29,8 @@ from mlc_llm.models.config import DecoderConfig
 from mlc_llm.models.gpu_entries import FORWARD_SINGLE, GPUEntries
 from mlc_llm.models.registry import get_family
 from mlc_llm.models.vision import IMAGE_ENTRY
-from mlc_llm.quantization.apply import build_quantized
+from mlc_llm.nn.packed_linear import Float8Linear
+from mlc_llm.quantization.apply import build_quantized, named_modules
 from mlc_llm.quantization.schemes import get_scheme
 
 logger = logging.getLogger(__name__)
@@ -82,10 +83,12 @@ def compile_model(
         raise UnsupportedModel(
             f"libraries for embeddings are made for the engine only, not for {options.device}"
         )
-    if is_gpu(described["target"]) and scheme.dtype == "bfloat16":
+    if is_for_others(described["target"]) and (
+        scheme.dtype == "bfloat16" or scheme.kind == "float8"
+    ):
         raise OptionError(
-            f"quantization {scheme.name} has numbers in bfloat16, which kernels for GPUs do not "
-            "compute in yet; use one of float16 or float32, such as q4f16_1"
+            f"quantization {scheme.name} has numbers in bfloat16 or of 8 bits, which programs for "
+            f"{options.device} do not read; use one of float16 or float32, such as q4f16_1"
         )
     if described.get("cuda_graph") and task != "chat":
         raise OptionError(
@@ -132,13 +135,16 @@ def _compile_for_gpu(
     Raises UnsupportedModel or CompileError.
     """
     target, for_others = tvm.target.Target(described["target"]), is_for_others(described["target"])
+    parameters = list(model.named_parameters())  # as artifacts store them
     try:
         if target.kind.name == "webgpu":
-            named = model.named_parameters()
-            check_buffers(specs_of(named), model.kv_layout(), model.config.context_window_size)
+            check_buffers(specs_of(parameters), model.kv_layout(), model.config.context_window_size)
         with target:
             entries = CacheEntries(model) if for_others else GPUEntries(model, task)
-            mod, parameters = model.export_tvm(entries.export_spec())
+            for _, layer in named_modules(model, ""):
+                if isinstance(layer, Float8Linear):
+                    layer.read_words()
+            mod, _ = model.export_tvm(entries.export_spec())
     except UnsupportedModel as error:
         raise UnsupportedModel(f"{family.name} for {options.device}: {error}") from None
     bounds = _bounds(model.config, task)

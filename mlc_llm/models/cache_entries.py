@@ -39,7 +39,7 @@ class CacheEntries:
                 "libraries are made of those only yet"
             )
         if model.image_inputs is not None:
-            raise UnsupportedModel("it takes images, and GPU libraries take text only yet")
+            raise UnsupportedModel("it takes images, and libraries for others take text only")
         if model.state_specs():
             raise UnsupportedModel("it has recurrent state, which GPU libraries do not hold yet")
         self.model = model

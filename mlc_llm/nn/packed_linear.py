@@ -6,10 +6,13 @@ from typing import Literal
 
 from tvm.relax.frontend import nn
 
+from mlc_llm.errors import UnsupportedModel
 from mlc_llm.kernels.cpu import packing
+from mlc_llm.kernels.cpu.group_format import GroupFormat
 from mlc_llm.kernels.cpu.linear import num_blocks
 from mlc_llm.kernels.cpu.vector_math import LANES
-from mlc_llm.nn import ops
+from mlc_llm.nn import gpu_codes, ops
+from mlc_llm.nn.kernel_call import on_gpu
 from mlc_llm.nn.linear import Linear
 from mlc_llm.nn.ops import Rows
 
@@ -35,14 +38,28 @@ class AwqLinear(nn.Module):
 
     def forward(self, x: nn.Tensor | Rows) -> nn.Tensor:
         """Return (n, out) float32 for x (n, in) float32."""
-        form, rows = packing.AWQ_FORM, self.out_features
-        kernel = ops.kernel_of(packing.awq_words, rows, self.in_features)
-        shape = list(form.word_shape(rows, self.in_features))
-        words = ops.emit("pack_words", kernel, [self.qweight], shape, "uint32")
-        kernel = ops.kernel_of(packing.awq_scales, rows, form.num_groups(self.in_features))
-        shape = list(form.scale_shape(rows, self.in_features))
-        scales = ops.emit("pack_scales", kernel, [self.qzeros, self.scales], shape)
-        return ops.group_linear_packed(x, (words, scales), self.bias, rows, form, self.int8_isa)
+        stored = (self.qweight, self.qzeros, self.scales)
+        return _awq_linear(x, stored, self.bias, self.out_features, self.int8_isa)
+
+
+@on_gpu(gpu_codes.awq_linear)
+def _awq_linear(
+    x: nn.Tensor | Rows,
+    stored: tuple[nn.Tensor, nn.Tensor, nn.Tensor],
+    bias: nn.Tensor | None,
+    out_features: int,
+    int8_isa: str | None,
+) -> nn.Tensor:
+    qweight, qzeros, scales = stored
+    form, rows, columns = packing.AWQ_FORM, out_features, int(qweight.shape[0])
+    kernel = ops.kernel_of(packing.awq_words, rows, columns)
+    words = ops.emit(
+        "pack_words", kernel, [qweight], list(form.word_shape(rows, columns)), "uint32"
+    )
+    kernel = ops.kernel_of(packing.awq_scales, rows, form.num_groups(columns))
+    shape = list(form.scale_shape(rows, columns))
+    packed = (words, ops.emit("pack_scales", kernel, [qzeros, scales], shape))
+    return ops.group_linear_packed(x, packed, bias, rows, form, int8_isa)
 
 
 class Float8Linear(nn.Module):
@@ -82,23 +99,43 @@ class Float8Linear(nn.Module):
 
     def forward(self, x: nn.Tensor | Rows) -> nn.Tensor:
         """Return (n, out) float32 for x (n, in) float32."""
-        form, rows, columns = self.form, self.out_features, self.in_features
+        scales = None
+        if self.has_scale:
+            scales = self.weight_scale_inv if self.is_block else self.q_scale
         weight = self.weight if self.is_block else self.q_weight
-        kernel = ops.kernel_of(packing.float8_words, rows, columns, form)
-        shape = list(form.word_shape(rows, columns))
-        words = ops.emit("pack_words", kernel, [weight], shape, "uint32")
-        packed = (words, self._packed_scales())
-        return ops.group_linear_packed(x, packed, self.bias, rows, form, None)
+        return _float8_linear(x, weight, scales, self.bias, self.form)
 
-    def _packed_scales(self) -> nn.Tensor:
-        form, rows, columns = self.form, self.out_features, self.in_features
-        shape = [num_blocks(rows), form.num_groups(columns), LANES]
-        if not self.has_scale:
-            scales = nn.op.ones(shape, "float32")
-            assert isinstance(scales, nn.Tensor)
-            return scales
-        stored = self.weight_scale_inv if self.is_block else self.q_scale
-        extents = tuple(int(extent) for extent in stored.shape)
+    def read_words(self) -> None:
+        """Let the weight be words of four numbers, as kernels of GPUs take it.
+
+        Files keep the numbers; `GPUMemory.put` brings them as words.
+        """
+        if self.in_features % 4:
+            raise UnsupportedModel(
+                f"its layers have {self.in_features} inputs, and GPUs read four 8-bit floats at "
+                "once; convert it to q4f16_1"
+            )
+        words = nn.Parameter((self.out_features, self.in_features // 4), "uint32")
+        setattr(self, "weight" if self.is_block else "q_weight", words)
+
+
+@on_gpu(gpu_codes.float8_linear)
+def _float8_linear(
+    x: nn.Tensor | Rows,
+    weight: nn.Tensor,
+    scales: nn.Tensor | None,
+    bias: nn.Tensor | None,
+    form: GroupFormat,
+) -> nn.Tensor:
+    rows, columns = (int(extent) for extent in weight.shape)
+    kernel = ops.kernel_of(packing.float8_words, rows, columns, form)
+    shape = list(form.word_shape(rows, columns))
+    words = ops.emit("pack_words", kernel, [weight], shape, "uint32")
+    shape = [num_blocks(rows), form.num_groups(columns), LANES]
+    if scales is None:
+        packed = nn.op.ones(shape, "float32")
+    else:
+        extents = tuple(int(extent) for extent in scales.shape)
         kernel = ops.kernel_of(packing.float8_scales, rows, columns, form, extents)
-        packed: nn.Tensor = ops.emit("pack_scales", kernel, [stored], shape)
-        return packed
+        packed = ops.emit("pack_scales", kernel, [scales], shape)
+    return ops.group_linear_packed(x, (words, packed), bias, rows, form, None)

@@ -18,6 +18,7 @@ _CPU = 1  # DLPack's number
 # Of TVM's device attributes: memory in all, and what of it is free.
 _TOTAL_MEMORY, _AVAILABLE_MEMORY = 14, 15
 _ZERO_PIECE_BYTES = 64 << 20
+_FLOAT8 = (numpy_dtype("float8_e4m3fn"), numpy_dtype("float8_e5m2"))
 
 
 def device_code(device: Device) -> int:
@@ -89,7 +90,12 @@ class GPUMemory:
             self.copy(self._bytes_of(first, 0, count), self._bytes_of(tensor, start, count))
 
     def put(self, array: NDArray[Any]) -> Any:
-        """Return a tensor with the content of an array. Raises DeviceError."""
+        """Return a tensor with the content of an array. Raises DeviceError.
+
+        8-bit floats come as words of four, uint32, which kernels of all GPUs can read.
+        """
+        if array.dtype in _FLOAT8:
+            array = np.ascontiguousarray(array).view(np.uint32)
         tensor = self.empty(array.shape, array.dtype.name)
         self._fill(tensor, array)
         return tensor

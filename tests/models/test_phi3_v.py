@@ -215,10 +215,10 @@ def test_what_is_not_supported_is_refused_by_name(
         find_family(config).config_from_huggingface(config)
 
 
-def test_libraries_for_gpus_are_refused() -> None:
+def test_libraries_for_browsers_are_refused() -> None:
     family = find_family(config_of())
     model = family.build(family.config_from_huggingface(config_of()), "float32")
-    with pytest.raises(UnsupportedModel, match="it takes images, and GPU libraries take text only"):
+    with pytest.raises(UnsupportedModel, match="it takes images, and libraries for others take"):
         CacheEntries(model)
 
 

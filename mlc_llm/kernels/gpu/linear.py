@@ -32,7 +32,7 @@ def matmul(
 ) -> Any:
     """Multiply: x (n, in), weight (out, in)[, bias (out)] of dtype -> (n, out) of out_dtype."""
     weight = tensor("weight", (out_features, in_features), dtype)
-    return _matmul(n, weight, [weight], dtype, out_dtype, has_bias)
+    return multiply(n, weight, [weight], dtype, out_dtype, has_bias)
 
 
 def group_matmul(
@@ -51,7 +51,7 @@ def group_matmul(
     weight = compute(
         (out_features, in_features), _dequantized(words, scales, form), name="dequantize"
     )
-    return _matmul(n, weight, [words, scales], form.scale_dtype, out_dtype, has_bias)
+    return multiply(n, weight, [words, scales], form.scale_dtype, out_dtype, has_bias)
 
 
 def embed(n: RowCount, num_embeddings: int, features: int, dtype: str) -> Any:
@@ -66,9 +66,13 @@ def group_embed(n: RowCount, num_embeddings: int, features: int, form: GroupForm
     return _embed(n, features, _dequantized(words, scales, form), [words, scales])
 
 
-def _matmul(
+def multiply(
     n: RowCount, weight: Any, stored: list[Any], dtype: str, out_dtype: str, has_bias: bool
 ) -> Any:
+    """Return the kernel of x (n, in), `stored`[, bias (out)] -> (n, out) of out_dtype.
+
+    weight (out, in) is computed of the tensors `stored`, or one of them; x and bias are of dtype.
+    """
     rows = num_rows(n)
     out_features, in_features = (int(extent) for extent in weight.shape)
     x = tensor("x", (rows, in_features), dtype)

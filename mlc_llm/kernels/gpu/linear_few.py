@@ -88,7 +88,7 @@ def few_rows_product(product: Product, grid: FewRowsGrid) -> Any:
     codes = pieces.operands[0]
     scales = pieces.operands[1] if len(pieces.operands) > 1 else codes
     outputs, blocks = _OUTPUTS, -(-out_features // (_GROUPS * _OUTPUTS))
-    x_lanes = math.gcd(depth, grid.load_bytes // (2 if x.dtype == "float16" else 4))
+    x_lanes = math.gcd(depth, grid.load_bytes // (4 if x.dtype == "float32" else 2))
     if not is_full or in_features % x_lanes:
         x_lanes = 1
     # Outputs lie side by side where pieces do not: then their threads do, too.

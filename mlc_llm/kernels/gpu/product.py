@@ -17,7 +17,9 @@ import tvm_ffi
 from tvm import s_tir, tirx
 from tvm.ir.expr import TensorLoad
 
-_SIZES = {"float32": 4, "uint32": 4, "float16": 2}
+_SIZES = {"float32": 4, "uint32": 4, "float16": 2, "bfloat16": 2}
+# What threads keep of a piece of weights: codes, and scales.
+_MOST_OPERANDS = 2
 
 
 @dataclass(frozen=True)
@@ -245,6 +247,8 @@ def find_pieces(product: Product, length: int, load_bytes: int) -> Pieces | None
         if operand is None or operand.end(last) > int(tensor.shape[operand.axis]):
             return None
         operands.append(operand)
+    if len(operands) > _MOST_OPERANDS:
+        return None
     pieces = Pieces(length, tuple(operands), product)
     kept = [tirx.decl_buffer((operand.count,), operand.tensor.dtype) for operand in operands]
     place = tirx.Var("place", "int64")
