@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from tvm.relax.frontend import nn
@@ -13,7 +12,8 @@ from mlc_llm.kernels.cpu.expert_linear import ExpertShape
 from mlc_llm.kernels.cpu.group_format import GroupFormat
 from mlc_llm.kernels.cpu.routing import Routing
 from mlc_llm.kernels.cpu.vector_math import LANES
-from mlc_llm.nn.kernel_call import require_cpu
+from mlc_llm.nn import gpu_experts
+from mlc_llm.nn.kernel_call import on_gpu
 from mlc_llm.nn.ops import (
     Rows,
     emit,
@@ -23,25 +23,12 @@ from mlc_llm.nn.ops import (
     quantize_activations,
     shared_rows,
 )
+from mlc_llm.nn.routes import Routes as Routes
 
 
-@dataclass(frozen=True)
-class Routes:
-    """Where the tokens of a step go: chosen experts (n, top_k) int32 and their weights, float32.
-
-    order and plan: see `kernels.cpu.routing.order_by_expert`.
-    """
-
-    routing: Routing
-    chosen: nn.Tensor
-    weights: nn.Tensor
-    order: nn.Tensor
-    plan: nn.Tensor
-
-
+@on_gpu(gpu_experts.route)
 def route(logits: nn.Tensor, routing_: Routing, bias: nn.Tensor | None = None) -> Routes:
     """Choose experts for logits (n, experts) float32; bias (experts) changes the choice alone."""
-    require_cpu("mixtures of experts")
     n, top_k = logits.shape[0], routing_.top_k
     kernel = kernel_of(routing.route, routing_, None if bias is None else bias.dtype)
     chosen, weights = nn.op.tensor_ir_op(
@@ -62,12 +49,14 @@ def route(logits: nn.Tensor, routing_: Routing, bias: nn.Tensor | None = None) -
     return Routes(routing_, chosen, weights, order, plan)
 
 
+@on_gpu(gpu_experts.weigh)
 def weigh(y: nn.Tensor, routes: Routes) -> nn.Tensor:
     """Return y (n * top_k, width), a row a pair, with each row times its weight."""
     kernel = kernel_of(routing.weigh, routes.routing.top_k, int(y.shape[1]))
     return emit("weigh", kernel, [y, routes.weights], y.shape)
 
 
+@on_gpu(gpu_experts.mix)
 def mix(y: nn.Tensor, routes: Routes, is_weighted: bool = True) -> nn.Tensor:
     """Return the weighted sums (n, width) of what a token's experts made of it; y has its pairs.
 
@@ -78,12 +67,14 @@ def mix(y: nn.Tensor, routes: Routes, is_weighted: bool = True) -> nn.Tensor:
     return emit("mix", kernel, [y, routes.weights], [routes.chosen.shape[0], width])
 
 
+@on_gpu(gpu_experts.scale_by_sigmoid)
 def scale_by_sigmoid(x: nn.Tensor, logits: nn.Tensor) -> nn.Tensor:
     """Return x * sigmoid(logits); x (n, width), logits (n, 1), both float32."""
     kernel = kernel_of(routing.scale_by_sigmoid, int(x.shape[1]))
     return emit("scale_by_sigmoid", kernel, [x, logits], x.shape)
 
 
+@on_gpu(gpu_experts.pack_experts)
 def pack_experts(weight: nn.Tensor) -> nn.Tensor:
     """Return an (experts, out, in) weight in the kernel's layout; lifted into `pack_params`."""
     return _interleave("pack_experts", weight)
@@ -96,6 +87,7 @@ def _interleave(name: str, array: nn.Tensor) -> nn.Tensor:
     return emit(name, kernel, [array], shape, array.dtype)
 
 
+@on_gpu(gpu_experts.pack_expert_groups)
 def pack_expert_groups(
     q_weight: nn.Tensor, q_scale: nn.Tensor, form: GroupFormat, in_features: int, byte_codes: bool
 ) -> tuple[nn.Tensor, nn.Tensor]:
@@ -110,6 +102,7 @@ def pack_expert_groups(
     return emit("pack_words", kernel, [q_weight], shape, "uint32"), packed_scales
 
 
+@on_gpu(gpu_experts.experts_packed)
 def experts_packed(
     x: nn.Tensor | Rows, packed: nn.Tensor, routes: Routes, out_features: int, is_pairs: bool
 ) -> nn.Tensor:
@@ -123,6 +116,7 @@ def experts_packed(
     return _emit_pairs("expert_linear", kernel, [x, packed], routes, out_features)
 
 
+@on_gpu(gpu_experts.expert_groups_packed)
 def expert_groups_packed(
     x: nn.Tensor | Rows,
     packed: tuple[nn.Tensor, nn.Tensor],
@@ -147,6 +141,7 @@ def expert_groups_packed(
     return _emit_pairs("expert_int8_linear", kernel, [quantized, *packed], routes, out_features)
 
 
+@on_gpu(gpu_experts.add_expert_bias)
 def add_expert_bias(y: nn.Tensor, bias: nn.Tensor, routes: Routes) -> nn.Tensor:
     """Return y (n * top_k, out) plus the bias (experts, out) of each pair's expert."""
     experts, width = (int(extent) for extent in bias.shape)

@@ -14,6 +14,7 @@ from tvm.tirx import IntImm
 from mlc_llm.errors import UnsupportedModel
 from mlc_llm.kernels.cpu.group_format import GroupFormat
 from mlc_llm.kernels.cpu.norm import HeadNorm
+from mlc_llm.kernels.cpu.query_scale import QueryScale
 from mlc_llm.kernels.gpu import linear, rope, rows
 from mlc_llm.nn.activations import ACTIVATIONS
 from mlc_llm.nn.kernel_call import call, kernel_of
@@ -69,6 +70,7 @@ def norm_heads(x: nn.Tensor, q: nn.Tensor, k: nn.Tensor, shape: HeadNorm) -> nn.
 
 def _norm_parts(x: nn.Tensor, weight: nn.Tensor, part: int, eps: float) -> nn.Tensor:
     weight = nn.op.reshape(weight, (-1,)) if len(weight.shape) > 1 else weight
+    weight = weight if weight.dtype == x.dtype else nn.op.astype(weight, x.dtype)
     items = int(weight.shape[0])
     kernel = kernel_of(rows.norm_parts, known_rows(x), _width(x), part, items, eps, x.dtype)
     return _rowwise("norm_parts", kernel, [x, weight], _width(x))
@@ -108,6 +110,14 @@ def gated(x: nn.Tensor, name: str, is_gate_first: bool = True) -> nn.Tensor:
     return _rowwise(f"{kind}_mul", kernel, [x], width)
 
 
+def bounded_swiglu(x: nn.Tensor, alpha: float, limit: float) -> nn.Tensor:
+    """Return what the bounded gate and up of x (n, 2 * width), [gate; up], make."""
+    width = _width(x) // 2
+    options = width, float(alpha), float(limit), x.dtype
+    kernel = kernel_of(rows.bounded_swiglu, known_rows(x), *options)
+    return _rowwise("bounded_swiglu", kernel, [x], width)
+
+
 def activate(x: nn.Tensor, name: str) -> nn.Tensor:
     """Return an activation of x; name: as configurations call it."""
     kind = ACTIVATIONS[name]
@@ -121,6 +131,12 @@ def scale(x: nn.Tensor, factor: float) -> nn.Tensor:
         return x
     kernel = kernel_of(rows.scale, known_rows(x), _width(x), float(factor), x.dtype)
     return _rowwise("scale", kernel, [x], _width(x))
+
+
+def scale_queries(x: nn.Tensor, positions: nn.Tensor, q_width: int, scale: QueryScale) -> nn.Tensor:
+    """Return rows [q; k; v] (n, width) with queries scaled by positions (n) int32."""
+    kernel = kernel_of(rows.scale_queries, known_rows(x), _width(x), q_width, scale, x.dtype)
+    return _rowwise("scale_queries", kernel, [x, positions], _width(x))
 
 
 def clip(x: nn.Tensor, bound: float) -> nn.Tensor:

@@ -48,6 +48,7 @@ def norm_heads(x: nn.Tensor, q: nn.Tensor, k: nn.Tensor, shape: HeadNorm) -> nn.
     return emit("norm_heads", kernel, [x, *flat], x.shape)
 
 
+@on_gpu(gpu_ops.scale_queries)
 def scale_queries(x: nn.Tensor, positions: nn.Tensor, q_width: int, scale: QueryScale) -> nn.Tensor:
     """Return rows [q; k; v] (n, width) float32 with queries scaled by positions (n) int32."""
     kernel = kernel_of(query_scale.scale_queries, scale, q_width, int(x.shape[1]))
@@ -71,6 +72,7 @@ def gated(x: nn.Tensor, name: str, is_gate_first: bool = True) -> nn.Tensor | Ro
     return emit(f"{kind}_mul", kernel, [x], [x.shape[0], width])
 
 
+@on_gpu(gpu_ops.bounded_swiglu)
 def bounded_swiglu(x: nn.Tensor, alpha: float, limit: float) -> nn.Tensor:
     """Return what the bounded gate and up of x (n, 2 * width) float32, [gate; up], make."""
     width = int(x.shape[1]) // 2

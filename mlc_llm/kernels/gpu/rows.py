@@ -11,6 +11,8 @@ from typing import Any
 
 from tvm import te, tirx
 
+from mlc_llm.kernels.cpu.query_scale import QueryScale
+
 # Abramowitz and Stegun 1964, 7.1.26: erf with an absolute error below 1.5e-7.
 _ERF_SLOPE = 0.3275911
 _ERF_COEFFICIENTS = (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592)
@@ -139,9 +141,41 @@ def gated(n: RowCount, width: int, kind: str, is_gate_first: bool, dtype: str) -
     return _map(n, dtype, [2 * width], width, value)
 
 
+def bounded_swiglu(n: RowCount, width: int, alpha: float, limit: float, dtype: str) -> Any:
+    """Activate the gate and multiply: [gate; up] (n, 2 * width) -> (n, width).
+
+    gate * sigmoid(alpha * gate) * (up + 1), where gates are at most the limit and the others
+    within +-limit (OpenAI 2025, gpt-oss model card, section 2.2).
+    """
+
+    def value(t: Any, i: Any, c: Any) -> Any:
+        gate = tirx.min(t[0](i, c), constant(limit))
+        up = tirx.max(tirx.min(t[0](i, width + c), constant(limit)), constant(-limit))
+        return _sigmoid_times(gate, gate * constant(alpha)) * (up + constant(1))
+
+    return _map(n, dtype, [2 * width], width, value)
+
+
 def scale(n: RowCount, width: int, factor: float, dtype: str) -> Any:
     """Multiply every item: (n, width) -> the same."""
     return _map(n, dtype, [width], width, lambda t, i, c: t[0](i, c) * constant(factor))
+
+
+def scale_queries(n: RowCount, width: int, q_width: int, scale: QueryScale, dtype: str) -> Any:
+    """Scale: x (n, width), positions (n) int32 -> x with the first q_width items of each row times
+    the factor of its position.
+    """
+    rows = num_rows(n)
+    x = tensor("x", (rows, width), dtype)
+    positions = tensor("positions", (rows,), "int32")
+    offset, period = (tirx.const(number, "int32") for number in (scale.offset, scale.period))
+
+    def item(i: Any, c: Any) -> Any:
+        steps = tirx.Cast("float32", (positions[i] + offset) // period)
+        factor = constant(1) + constant(scale.strength) * tirx.log(constant(1) + steps)
+        return tirx.if_then_else(c < q_width, narrow(wide(x[i, c]) * factor, dtype), x[i, c])
+
+    return computation([x, positions, compute((rows, width), item, name="out")])
 
 
 def clip(n: RowCount, width: int, bound: float, dtype: str) -> Any:

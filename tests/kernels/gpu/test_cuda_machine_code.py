@@ -13,8 +13,10 @@ from mlc_llm.artifact import ChatConfig
 from mlc_llm.compiler.compile import CompileOptions, compile_model
 from mlc_llm.compiler.cuda_code import assemble
 from mlc_llm.kernels.cpu.delta_rule import DeltaShape
-from mlc_llm.kernels.gpu import linear
+from mlc_llm.kernels.cpu.routing import Routing
+from mlc_llm.kernels.gpu import experts, linear
 from mlc_llm.kernels.gpu.delta_rule import gated_delta_rule
+from mlc_llm.kernels.gpu.expert_weights import ExpertWeights
 from mlc_llm.kernels.gpu.recurrence import causal_conv, token_shift, wkv
 from mlc_llm.models.registry import find_family
 from mlc_llm.quantization.apply import group_format
@@ -122,3 +124,19 @@ def test_threads_share_the_sums_of_one_token() -> None:
 def test_states_fit_in_registers(factory, options) -> None:
     source, _ = translate(factory(*options), "sm_80")
     check_resources(source, "sm_80")
+
+
+@pytest.mark.parametrize(
+    ("quantization", "shape"),
+    [("q4f16_1", (8, 28672, 4096)), ("q0f16", (128, 1536, 2048)), ("q0f16", (256, 4096, 7168))],
+)
+def test_products_with_experts_fit(quantization, shape) -> None:
+    form = None if quantization == "q0f16" else group_format(get_scheme(quantization), False)
+    weights = ExpertWeights(*shape, "float16", form)
+    kernel = experts.matmul(weights, Routing(shape[0], 2), False, "float16", 16)
+    source, _ = translate(kernel, "sm_90")
+    assert len(check_resources(source, "sm_90")) == 2  # of single pairs, and of tiles
+    # More weights than 32 bits can number.
+    assert ("int64_t" in source.split("__global__", 1)[1]) == (shape[0] == 256)
+    # Threads load 16 bytes at once.
+    assert "uint4*)(w" in source
