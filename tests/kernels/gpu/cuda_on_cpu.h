@@ -18,6 +18,7 @@ using std::min;
 typedef _Float16 half;
 struct half2 { half x, y; };
 struct float2 { float x, y; };
+struct alignas(8) uint2 { unsigned x, y; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
 struct Index { int x, y; };
 static float2 make_float2(float x, float y) { return {x, y}; }
@@ -34,10 +35,9 @@ static int fault;
 static void require(bool is_so, int line) { if (!is_so) fault = line; }
 
 static Index blockIdx, threadIdx;
-static int num_threads;
 static ucontext_t scheduler, begins[1024];
 static jmp_buf scheduler_place, places[1024];
-static bool has_ended[1024];
+static bool has_begun[1024], waits_for_block[1024], has_ended[1024];
 static const std::function<void()>* kernel_call;
 
 struct Copy { void* to; const void* from; };
@@ -49,9 +49,14 @@ static Word shown[2][1024][8];
 static int turn[1024];
 
 // Contexts are for beginnings only: to change between them asks the system each time.
-static void __syncthreads() {
+static void wait_for_warp() {
   int t = threadIdx.x;
   if (!_setjmp(places[t])) _longjmp(scheduler_place, 1);
+}
+
+static void __syncthreads() {
+  waits_for_block[threadIdx.x] = true;
+  wait_for_warp();
 }
 
 static void run_thread() {
@@ -61,17 +66,29 @@ static void run_thread() {
   _longjmp(scheduler_place, 1);
 }
 
-static void go_on(int t, bool is_new) {
+static void go_on(int t) {
   threadIdx = {t, 0};
   if (_setjmp(scheduler_place)) return;
-  if (is_new) swapcontext(&scheduler, &begins[t]);
-  _longjmp(places[t], 1);
+  if (has_begun[t]) _longjmp(places[t], 1);
+  has_begun[t] = true;
+  swapcontext(&scheduler, &begins[t]);
+}
+
+// A warp goes as far as it can without the others.
+static void run_warp(int first) {
+  for (bool is_stopped = false; !is_stopped;) {
+    is_stopped = true;
+    for (int t = first; t < first + 32; ++t) {
+      if (has_ended[t] || waits_for_block[t]) continue;
+      go_on(t);
+      is_stopped = false;
+    }
+  }
 }
 
 static int run_blocks(int blocks_x, int blocks_y, int threads, const std::function<void()>& call) {
   const size_t stack_bytes = 65536;
   std::vector<char> stacks(stack_bytes * threads);
-  num_threads = threads;
   kernel_call = &call;
   for (int block = 0; block < blocks_x * blocks_y; ++block) {
     blockIdx = {block % blocks_x, block / blocks_x};
@@ -80,17 +97,14 @@ static int run_blocks(int blocks_x, int blocks_y, int threads, const std::functi
       begins[t].uc_stack = {&stacks[stack_bytes * t], 0, stack_bytes};
       begins[t].uc_link = nullptr;
       makecontext(&begins[t], run_thread, 0);
-      has_ended[t] = false;
+      has_begun[t] = waits_for_block[t] = has_ended[t] = false;
       turn[t] = 0;
     }
-    // Threads go from barrier to barrier, in one order and then in the other.
-    for (int round = 0, left = threads; left > 0; ++round) {
-      for (int i = 0; i < threads; ++i) {
-        int t = round % 2 ? threads - 1 - i : i;
-        if (has_ended[t]) continue;
-        go_on(t, round == 0);
-        left -= has_ended[t];
-      }
+    // Between barriers of the block its warps come in one order and then in the other.
+    for (int round = 0; !std::all_of(has_ended, has_ended + threads, [](bool b) { return b; });
+         ++round) {
+      std::fill(waits_for_block, waits_for_block + threads, false);
+      for (int i = 0; i < threads; i += 32) run_warp(round % 2 ? threads - 32 - i : i);
     }
   }
   return fault;
@@ -102,7 +116,7 @@ static Word (*show(Words... words))[8] {
   Word given[] = {words...};
   int side = turn[threadIdx.x]++ % 2;
   std::copy(given, given + sizeof...(words), shown[side][threadIdx.x]);
-  __syncthreads();
+  wait_for_warp();
   return &shown[side][threadIdx.x / 32 * 32];
 }
 

@@ -1,13 +1,14 @@
 """Runs CUDA kernels on the CPU, their PTX instructions included, to show what they compute.
 
 A kernel's source as it is generated is compiled as C++: each thread of a block is a context of its
-own, threads take turns at barriers and where a warp works together. An `asm` statement becomes a
+own, threads of a warp take turns where they work together, warps at barriers. An `asm` statement becomes a
 call of a function that does what NVIDIA's manual of PTX says of the instruction.
 """
 
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import re
 import subprocess
 from pathlib import Path
@@ -50,7 +51,7 @@ def run(
         given = [
             held[parameter.removesuffix("_ptr")].ctypes.data_as(ctypes.c_void_p)
             if parameter.endswith("_ptr")
-            else ctypes.c_int(numbers.pop(0))
+            else ctypes.c_int64(numbers.pop(0))  # as wide as any number
             for parameter in parameters
         ]
         fault = library.launch(*groups, threads, *given)
@@ -112,10 +113,11 @@ def _as_call(statement: re.Match[str]) -> str:
 
 
 def compiled(code: str, directory: Path) -> ctypes.CDLL:
-    """Return the library of C++ code."""
-    number = len(list(directory.glob("*.cpp")))
-    path, library = directory / f"kernel{number}.cpp", directory / f"kernel{number}.so"
-    path.write_text(code)
-    command = ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", "-fno-strict-aliasing"]
-    subprocess.run([*command, "-o", str(library), str(path)], check=True)
+    """Return the library of C++ code, which may be there from an earlier call."""
+    path = directory / f"{hashlib.sha256(code.encode()).hexdigest()[:16]}.cpp"
+    library = path.with_suffix(".so")
+    if not library.exists():
+        path.write_text(code)
+        command = ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", "-fno-strict-aliasing"]
+        subprocess.run([*command, "-o", str(library), str(path)], check=True)
     return ctypes.CDLL(str(library))
