@@ -1,8 +1,8 @@
 """Runs CUDA kernels on the CPU, their PTX instructions included, to show what they compute.
 
-A kernel's source as it is generated is compiled as C++: each thread of a block is a context of its
-own, threads of a warp take turns where they work together, warps at barriers. An `asm` statement becomes a
-call of a function that does what NVIDIA's manual of PTX says of the instruction.
+A kernel's source as it is generated is compiled as C++. Each thread of a block is a context of its
+own; those of a warp take turns where they work together, warps at barriers. An `asm` statement
+becomes a call of a function that does what NVIDIA's manual of PTX says of the instruction.
 """
 
 from __future__ import annotations
