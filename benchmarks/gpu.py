@@ -2,10 +2,10 @@
 
     python benchmarks/gpu.py --device cuda >> figures.md
 
-Correctness is tests/models/test_gpu_forward.py on the device. Speed is of the shape of
-Llama-3.1-8B with random weights: decode of some batches beside the time in which the weights can be
-read, and prefills beside the peak of the matrix units. Figures are rows of a Markdown table for
-LOG.md. On a CPU it runs too (`--device cpu --layers 1`), which tests use.
+Correctness is tests/models/test_gpu_*.py and test_cuda_graph.py on the device. Speed is of the
+shape of Llama-3.1-8B with random weights: decode of some batches beside the time in which the
+weights can be read, and prefills beside the peak of the matrix units. Figures are rows of a
+Markdown table for LOG.md. On a CPU it runs too (`--device cpu --layers 1`), which tests use.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from mlc_llm.cli.bench_model import LoadedModel
 
 _ROOT = Path(__file__).parents[1]
-_CHECKS = "tests/models/test_gpu_forward.py"
+_CHECKS = ("test_gpu_*.py", "test_cuda_graph.py")
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,8 @@ def parse_arguments() -> argparse.Namespace:
 def check(device: str) -> int:
     """Run the tests of a GPU on the device; return whether one failed."""
     environment = {**os.environ, "MLC_LLM_TEST_DEVICE": device}
-    command = [sys.executable, "-m", "pytest", "-q", _CHECKS]
+    tests = [str(path) for name in _CHECKS for path in sorted(_ROOT.glob(f"tests/models/{name}"))]
+    command = [sys.executable, "-m", "pytest", "-q", *tests]
     status = subprocess.run(command, cwd=_ROOT, env=environment).returncode
     print(f"answers on {device}: {'right' if status == 0 else 'WRONG, see above'}\n", flush=True)
     return int(status != 0)

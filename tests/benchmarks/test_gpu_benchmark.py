@@ -71,6 +71,8 @@ def test_wrong_answers_are_told(monkeypatch, capsys) -> None:
 
     def run(command, **options):
         seen.append(options["env"]["MLC_LLM_TEST_DEVICE"])
+        tests = [Path(part).name for part in command if part.endswith(".py")]
+        assert {"test_gpu_forward.py", "test_gpu_recurrent.py", "test_cuda_graph.py"} <= set(tests)
         return SimpleNamespace(returncode=1)
 
     monkeypatch.setattr(gpu.subprocess, "run", run)
