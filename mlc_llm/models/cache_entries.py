@@ -41,7 +41,7 @@ class CacheEntries:
         if model.image_inputs is not None:
             raise UnsupportedModel("it takes images, and libraries for others take text only")
         if model.state_specs():
-            raise UnsupportedModel("it has recurrent state, which GPU libraries do not hold yet")
+            raise UnsupportedModel("it has recurrent state, which libraries for others do not hold")
         self.model = model
 
     def embed(self, token_ids: nn.Tensor) -> nn.Tensor:
