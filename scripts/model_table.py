@@ -25,6 +25,15 @@ REFERENCES = (
     ("chat", ROOT / "tests" / "image_references"),
     ("embedding", ROOT / "tests" / "encoder_references"),
 )
+# Families whose GGUF files have the architecture of another, and are told apart by their content.
+_STORED_AS = {
+    "deepseek_v3": "deepseek2",
+    "granitemoeshared": "granitemoe",
+    "mistral": "llama",
+    "mixtral": "llama",
+    "olmo3": "olmo2",
+    "phi-msft": "phi2",
+}
 
 _HEAD = """\
 # Models
@@ -70,6 +79,8 @@ def _row(family: Family, references: list[Reference]) -> str:
     names = [
         name for name, item in ARCHITECTURES.items() if item.class_name in family.architectures
     ]
+    if (other := _STORED_AS.get(family.name)) is not None and other not in names:
+        names.append(other)
     cells = (
         f"`{family.name}`",
         family.task,

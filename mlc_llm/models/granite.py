@@ -18,7 +18,7 @@ from mlc_llm.models.base import CausalLM, DecoderLM, Family, build_decoder
 from mlc_llm.models.llama import FUSED, LlamaAttention, LlamaConfig, llama_mlp
 from mlc_llm.models.minicpm import MiniCPMLayer
 from mlc_llm.models.mixtral import MixtralMoE
-from mlc_llm.models.moe import check_experts
+from mlc_llm.models.moe import check_experts, expert_rule
 from mlc_llm.models.plan import ParamRule
 from mlc_llm.nn import ops, row_ops
 from mlc_llm.nn.decoder import DecoderNames
@@ -56,11 +56,15 @@ class GraniteConfig(LlamaConfig):
 
 @dataclass(frozen=True)
 class GraniteMoeConfig(GraniteConfig):
-    """Also the number of experts, and the width of one that all tokens share; 0 for none."""
+    """Also the number of experts, and the width of one that all tokens share; 0 for none.
+
+    has_split_experts: whether the checkpoint has each expert's tensors alone, as GGUF files do.
+    """
 
     num_local_experts: int = 0
     num_experts_per_tok: int = 0
     shared_intermediate_size: int = 0
+    has_split_experts: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -79,6 +83,7 @@ class GraniteMoeConfig(GraniteConfig):
         return {
             **super().huggingface_fields(config),
             **{name: config.get(name) or 0 for name in counts},
+            "has_split_experts": bool(config.get("has_split_experts", False)),
         }
 
 
@@ -190,8 +195,26 @@ _MOE_NAMES = {
 }
 
 
+# The same of GGUF files, where they have other names.
+_SPLIT_EXPERTS = {"e1_e3": ("gate_proj", "up_proj"), "e2": ("down_proj",)}
+_SPLIT_SHARED = {
+    "mlp.shared_mlp.gate_up_proj": ("gate_proj", "up_proj"),
+    "mlp.shared_mlp.down_proj": ("down_proj",),
+}
+
+
+def _split_rule(config: GraniteMoeConfig, parameter: str) -> ParamRule | None:
+    path, _, leaf = parameter.rpartition(".")
+    for ours, parts in _SPLIT_SHARED.items():
+        if path.endswith(ours):
+            prefix = path.removesuffix(ours) + "mlp.shared_expert"
+            return ParamRule(tuple(f"{prefix}.{part}.{leaf}" for part in parts))
+    return expert_rule(parameter, _SPLIT_EXPERTS, config.num_local_experts)
+
+
 def _moe_rule(config: GraniteMoeConfig, parameter: str) -> ParamRule | None:
-    del config
+    if config.has_split_experts and (rule := _split_rule(config, parameter)) is not None:
+        return rule
     for ours, theirs in _MOE_NAMES.items():
         if parameter.endswith(ours):
             return ParamRule((parameter.removesuffix(ours) + theirs,))

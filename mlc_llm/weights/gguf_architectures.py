@@ -9,6 +9,7 @@ from __future__ import annotations
 from mlc_llm.weights.gguf_bert import BERT
 from mlc_llm.weights.gguf_deepseek import DEEPSEEK2
 from mlc_llm.weights.gguf_hybrid import QWEN35
+from mlc_llm.weights.gguf_later import LATER
 from mlc_llm.weights.gguf_llama4 import LLAMA4
 from mlc_llm.weights.gguf_parts import (
     ATTENTION,
@@ -347,6 +348,7 @@ ARCHITECTURES = {
         numbers={"layer_norm_epsilon": LAYER_NORM},
         constants={"activation_function": "gelu_pytorch_tanh", "multi_query": True},
     ),
+    **LATER,
 }
 # Mixtral is stored as llama, and told apart by its experts; Mistral by its window.
 MIXTRAL = Architecture(

@@ -13,6 +13,7 @@ from mlc_llm.errors import CorruptFile, ParameterMismatch, UnsupportedModel
 from mlc_llm.weights.gguf_architectures import ARCHITECTURES, MIXTRAL, PHI_MSFT
 from mlc_llm.weights.gguf_deepseek import add_latent_fields, find_deepseek
 from mlc_llm.weights.gguf_file import GGUFFile
+from mlc_llm.weights.gguf_later import OLMO3
 from mlc_llm.weights.gguf_metadata import MetadataReader
 from mlc_llm.weights.gguf_parts import Architecture
 from mlc_llm.weights.gguf_rope import find_llama3_scaling
@@ -20,6 +21,8 @@ from mlc_llm.weights.gguf_rope import find_llama3_scaling
 _ROPE_FACTORS = "rope_freqs.weight"
 _LONG_FACTORS, _SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.weight"
 MAX_EXPERTS = 4096
+# Families whose heads have a size of their own where nothing is said.
+_WITH_HEAD_DIM = ("gemma", "glm4", "qwen3")
 _BAICHUAN_13B_LAYERS = 40
 # Layers of the models whose attention is scaled by hidden size / heads, not by the size of a head.
 _GEMMA_27B_LAYERS = {"gemma2": 46, "gemma3_text": 62}
@@ -39,6 +42,8 @@ def find_architecture(file: GGUFFile) -> tuple[str, Architecture]:
         return name, MIXTRAL
     if name == "phi2" and "blk.0.attn_qkv.weight" in file.tensors:
         return name, PHI_MSFT
+    if name == "olmo2" and file.get("olmo2.attention.sliding_window", int, 0):
+        return name, OLMO3
     return name, find_deepseek(file) if name == "deepseek2" else ARCHITECTURES[name]
 
 
@@ -97,7 +102,7 @@ def build_config(file: GGUFFile, name: str, architecture: Architecture) -> dict[
     config |= architecture.constants
     for field, (key, kind, default) in architecture.numbers.items():
         config[field] = reader.number(key, kind, default)
-    if head_dim * num_heads != hidden_size or model_type.startswith(("gemma", "qwen3")):
+    if head_dim * num_heads != hidden_size or model_type.startswith(_WITH_HEAD_DIM):
         config["head_dim"] = head_dim
     rotary = reader.count("rope.dimension_count", head_dim)
     if architecture.has_partial_rotary:

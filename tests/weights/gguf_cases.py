@@ -13,16 +13,19 @@ from mlc_llm.quantization.schemes import get_scheme
 from mlc_llm.weights.convert import convert
 from mlc_llm.weights.gguf_architectures import ARCHITECTURES, MIXTRAL
 from mlc_llm.weights.gguf_deepseek import DEEPSEEK3
+from mlc_llm.weights.gguf_later import OLMO3
 
 # Mistral and Mixtral are stored as llama.
 ARCH_OF = {architecture.class_name: name for name, architecture in ARCHITECTURES.items()}
 ARCH_OF |= {DEEPSEEK3.class_name: "deepseek2"}
+ARCH_OF |= {"Olmo3ForCausalLM": "olmo2", "GraniteMoeSharedForCausalLM": "granitemoe"}
 ARCH_OF |= {"MistralForCausalLM": "llama", "MixtralForCausalLM": "llama"}
 
 
 def architecture_of(config):
-    if config["architectures"] == ["MixtralForCausalLM"]:
-        return MIXTRAL
+    special = {"MixtralForCausalLM": MIXTRAL, "Olmo3ForCausalLM": OLMO3}
+    if config["architectures"][0] in special:
+        return special[config["architectures"][0]]
     return ARCHITECTURES[ARCH_OF[config["architectures"][0]]]
 
 
@@ -67,7 +70,16 @@ def metadata_of(config, architecture):
     if first(scaling | rope, "rope_type", "type") == "linear":
         values["rope.scaling.type"] = "linear"
         values["rope.scaling.factor"] = first(scaling | rope, "factor")
-    if config["model_type"] in ("gpt_oss", "ministral3"):
+    kinds = config.get("layer_types")
+    if config["model_type"] == "cohere2":
+        each = config["sliding_window_pattern"]
+        kinds = [
+            "full_attention" if (layer + 1) % each == 0 else "sliding_attention"
+            for layer in range(values["block_count"])
+        ]
+    if config["model_type"] in ("cohere2", "exaone4", "olmo3"):
+        values["attention.sliding_window_pattern"] = [kind != "full_attention" for kind in kinds]
+    if config["model_type"] in ("gpt_oss", "ministral3", "olmo3"):
         values["rope.scaling.type"] = "yarn"
         values["rope.scaling.factor"] = rope["factor"]
         original = rope["original_max_position_embeddings"]
@@ -162,6 +174,20 @@ def split_parts(name, tensor, metadata):
             yield name.replace("wqkv", f"w{part}"), rows.reshape(-1, tensor.shape[1])
     elif name.endswith(".sinks"):
         yield f"{name}.weight", tensor
+    elif name.endswith("shared_mlp.input_linear.weight"):
+        for part, rows in zip(("gate", "up"), np.split(tensor, 2), strict=True):
+            yield name.replace("shared_mlp.input_linear", f"mlp.shared_expert.{part}_proj"), rows
+    elif name.endswith("shared_mlp.output_linear.weight"):
+        yield name.replace("shared_mlp.output_linear", "mlp.shared_expert.down_proj"), tensor
+    elif name.endswith("_linear.weight"):
+        prefix = name.partition("block_sparse_moe")[0] + "mlp.experts"
+        for expert, rows in enumerate(tensor):
+            if name.endswith("output_linear.weight"):
+                yield f"{prefix}.{expert}.down_proj.weight", rows
+            else:
+                gate, up = np.split(rows, 2)
+                yield f"{prefix}.{expert}.gate_proj.weight", gate
+                yield f"{prefix}.{expert}.up_proj.weight", up
     elif ".feed_forward.experts." in name:
         experts, _, part = name.rpartition(".")
         for expert, rows in enumerate(tensor.swapaxes(1, 2)):

@@ -56,12 +56,13 @@ METADATA = {
     "expert_shared_feed_forward_length": FFN,
     "attention.layer_norm_epsilon": 1e-5,
     "logit_scale": 0.25,
+    "attention.scale": 0.25,
     "attention.key_length": HEAD_DIM,
     "attention.value_length": HEAD_DIM,
 }
 WITHOUT_EXPERTS = {key: value for key, value in METADATA.items() if "expert" not in key}
-# With arithmetic of their own: only the references that test_gguf_families.py writes are tried.
-OWN_ARITHMETIC = ("bert", "llama4", "qwen35", "rwkv6")
+# With arithmetic or names of their own: tried with references, not with a table of shapes.
+OWN_ARITHMETIC = ("bert", "granitemoe", "llama4", "qwen35", "rwkv6")
 _TABLES = {name: item for name, item in ARCHITECTURES.items() if name not in OWN_ARITHMETIC}
 CASES = {**_TABLES, "mixtral": MIXTRAL, "phi-msft": PHI_MSFT, "deepseek_v3": DEEPSEEK3}
 # Told apart by their content.

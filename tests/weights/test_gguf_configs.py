@@ -219,3 +219,30 @@ def test_experts_where_there_should_be_none(tmp_path):
         config_of(tmp_path, "qwen2", expert_count=8)
     with pytest.raises(CorruptFile, match="claims 1,000,000 experts"):
         config_of(tmp_path, "qwen3moe", expert_count=1000000)
+
+
+def test_windows_said_of_each_layer(tmp_path):
+    sizes = {"block_count": 4, "attention__sliding_window": 64}
+    pattern = {"attention__sliding_window_pattern": [True, False, False, True]}
+    content = config_of(tmp_path, "exaone4", **sizes, **pattern)
+    config = find_family(content).config_from_huggingface(content)
+    assert [config.window_of(layer) for layer in range(4)] == [64, -1, -1, 64]
+    content = config_of(tmp_path, "exaone4", attention__sliding_window=0)
+    config = find_family(content).config_from_huggingface(content)
+    assert (config.window_of(0), config.rope_of(0)) == (-1, 0)
+    content = config_of(tmp_path, "cohere2", block_count=4)
+    config = find_family(content).config_from_huggingface(content)
+    assert [config.window_of(layer) for layer in range(4)] == [64, 64, 64, -1]
+    every = {"attention__sliding_window_pattern": 2}
+    assert config_of(tmp_path, "cohere2", **every)["sliding_window_pattern"] == 2
+    with pytest.raises(UnsupportedModel, match="must say for each of 4 layers"):
+        config_of(tmp_path, "exaone4", **sizes, attention__sliding_window_pattern=[True])
+
+
+def test_olmo_of_third_generation_is_told_by_its_window(tmp_path):
+    assert config_of(tmp_path, "olmo2")["model_type"] == "olmo2"
+    content = config_of(tmp_path, "olmo2", attention__sliding_window=64)
+    config = find_family(content).config_from_huggingface(content)
+    assert content["model_type"] == "olmo3"
+    assert (config.window_of(0), config.window_of(3)) == (64, -1)
+    assert config.ropes[0].base == config.ropes[1].base == 10000

@@ -10,7 +10,7 @@ from mlc_llm.weights.gguf_architectures import ARCHITECTURES, MIXTRAL
 from mlc_llm.weights.open import open_source
 
 _MODEL_TYPES = {architecture.model_type for architecture in ARCHITECTURES.values()}
-_MODEL_TYPES |= {"mistral", "mixtral", "deepseek_v3"}
+_MODEL_TYPES |= {"mistral", "mixtral", "deepseek_v3", "olmo3", "granitemoeshared"}
 # GGUF cannot say which layers have no experts, nor, as the converter writes it, that the keys of
 # GPT-BigCode have all heads. Sizes tell which Baichuan is of version 2 or has ALiBi: not these.
 # Of llama3 scaling it has the divisors, and these models too few of them to tell what made them.
@@ -37,6 +37,9 @@ _UNSAID = {
         *("layer_types", "no_rope_layers", "moe_layers"),
         *("attention_chunk_size", "floor_scale", "attn_scale"),
     ),
+    "smollm3": ("no_rope_layers", "layer_types", "sliding_window_size", "sliding_window"),
+    # Said of each layer; what it means is compared.
+    "cohere2": ("layer_types", "sliding_window_pattern"),
     "gpt_oss": ("layer_types", "swiglu_alpha", "swiglu_limit"),
 }
 
@@ -61,6 +64,10 @@ def test_a_reference_as_gguf_is_the_same_model(tmp_path, case):
     for ours, theirs in zip(from_gguf[1].ropes, config.ropes, strict=True):
         np.testing.assert_allclose(ours.inverse_frequencies(), theirs.inverse_frequencies())
         assert ours.table_scale == pytest.approx(theirs.table_scale)
+    if case.name in ("cohere2", "exaone4", "olmo3"):
+        for layer in range(config.num_hidden_layers):
+            assert from_gguf[1].window_of(layer) == config.window_of(layer)
+            assert from_gguf[1].rope_of(layer) == config.rope_of(layer)
     forms = ("has_split_qkv", "has_split_experts", "has_split_kv_b", "is_from_gguf")
     for name in ("rope_scaling", *forms, *_UNSAID.get(case.name, ())):
         found.pop(name, None)

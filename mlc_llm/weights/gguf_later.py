@@ -1,0 +1,146 @@
+"""Architectures of GGUF files that came in 2024 and after: a table of data, see gguf_parts.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mlc_llm.errors import UnsupportedModel
+from mlc_llm.weights.gguf_file import GGUFFile
+from mlc_llm.weights.gguf_metadata import MetadataReader
+from mlc_llm.weights.gguf_parts import (
+    ATTENTION,
+    BLOCK,
+    COMMAND_R,
+    ENDS,
+    GATED,
+    HALVES,
+    HEAD_NORMS,
+    LAYER_NORM,
+    LLAMA,
+    NO_RMS,
+    NORMS,
+    POST_NORMS,
+    QWEN_EXPERTS,
+    WINDOW,
+    WITHOUT_FFN,
+    Architecture,
+    Number,
+)
+
+_LOCAL, _GLOBAL = "sliding_attention", "full_attention"
+_PATTERN = "attention.sliding_window_pattern"
+_MAYBE_WINDOW: Number = ("attention.sliding_window", "count", 0)
+
+
+def _set_layer_kinds(file: GGUFFile, config: dict[str, Any]) -> None:
+    """Set which layers have the window, where the file says it: for each, or every how many not."""
+    name = file.get("general.architecture", str)
+    kinds = file.get(f"{name}.{_PATTERN}", (int, list))
+    if isinstance(kinds, list):
+        count = config["num_hidden_layers"]
+        if len(kinds) < count or not all(isinstance(kind, bool) for kind in kinds):
+            raise UnsupportedModel(
+                f"{file.path}: {name}.{_PATTERN} is {kinds!r:.60}; it must say for each of "
+                f"{count} layers whether it has the window"
+            )
+        config["layer_types"] = [_LOCAL if kind else _GLOBAL for kind in kinds[:count]]
+    elif kinds:
+        config["sliding_window_pattern"] = kinds
+
+
+def _finish_olmo3(file: GGUFFile, config: dict[str, Any]) -> None:
+    """Set the embeddings of layers with the window and of others, which alone are scaled."""
+    _set_layer_kinds(file, config)
+    base = config.pop("rope_theta")
+    local = MetadataReader(file, "olmo2").real("rope.freq_base_swa", base)
+    scaling = config.pop("rope_scaling") or {"rope_type": "default"}
+    config["rope_parameters"] = {
+        _GLOBAL: {**scaling, "rope_theta": base},
+        _LOCAL: {"rope_type": "default", "rope_theta": local},
+    }
+
+
+def _finish_granite_moe(file: GGUFFile, config: dict[str, Any]) -> None:
+    del file
+    if config["shared_intermediate_size"]:
+        config["model_type"] = "granitemoeshared"
+        config["architectures"] = ["GraniteMoeSharedForCausalLM"]
+
+
+_OLMO = {**ENDS, **ATTENTION, **HEAD_NORMS, **POST_NORMS, **GATED}
+_GRANITE: dict[str, Number] = {
+    "attention_multiplier": ("attention.scale", "real", None),
+    "embedding_multiplier": ("embedding_scale", "real", 1.0),
+    "logits_scaling": ("logit_scale", "real", 1.0),
+    "residual_multiplier": ("residual_scale", "real", 1.0),
+}
+LATER = {
+    "granite": Architecture("granite", "GraniteForCausalLM", LLAMA, HALVES, numbers=_GRANITE),
+    "granitemoe": Architecture(
+        "granitemoe",
+        "GraniteMoeForCausalLM",
+        {
+            **WITHOUT_FFN,
+            **QWEN_EXPERTS,
+            "blk.{layer}.ffn_gate_inp": BLOCK + "block_sparse_moe.router.layer",
+            "blk.{layer}.ffn_gate_shexp": BLOCK + "mlp.shared_expert.gate_proj",
+            "blk.{layer}.ffn_up_shexp": BLOCK + "mlp.shared_expert.up_proj",
+            "blk.{layer}.ffn_down_shexp": BLOCK + "mlp.shared_expert.down_proj",
+        },
+        HALVES,
+        numbers={
+            **_GRANITE,
+            "num_local_experts": ("expert_count", "count", None),
+            "num_experts_per_tok": ("expert_used_count", "count", None),
+            "shared_intermediate_size": ("expert_shared_feed_forward_length", "count", 0),
+        },
+        constants={"has_split_experts": True},
+        finish=_finish_granite_moe,
+    ),
+    # Every fourth layer is without positions, which these files do not say.
+    "smollm3": Architecture("smollm3", "SmolLM3ForCausalLM", LLAMA, HALVES),
+    "cohere2": Architecture(
+        "cohere2",
+        "Cohere2ForCausalLM",
+        COMMAND_R,
+        fields=NO_RMS,
+        numbers={
+            "layer_norm_eps": LAYER_NORM,
+            "logit_scale": ("logit_scale", "real", None),
+            "sliding_window": WINDOW,
+        },
+        with_window=True,
+        finish=_set_layer_kinds,
+    ),
+    "exaone4": Architecture(
+        "exaone4",
+        "Exaone4ForCausalLM",
+        _OLMO,
+        numbers={"sliding_window": _MAYBE_WINDOW},
+        with_window=True,
+        finish=_set_layer_kinds,
+    ),
+    "glm4": Architecture(
+        "glm4",
+        "Glm4ForCausalLM",
+        {
+            **ENDS,
+            **ATTENTION,
+            **NORMS,
+            "blk.{layer}.post_attention_norm": BLOCK + "post_self_attn_layernorm",
+            "blk.{layer}.post_ffw_norm": BLOCK + "post_mlp_layernorm",
+            "blk.{layer}.ffn_up": BLOCK + "mlp.gate_up_proj",
+            "blk.{layer}.ffn_down": BLOCK + "mlp.down_proj",
+        },
+        has_partial_rotary=True,
+    ),
+}
+# OLMo 3 is stored as olmo2, and told apart by its window.
+OLMO3 = Architecture(
+    "olmo3",
+    "Olmo3ForCausalLM",
+    _OLMO,
+    numbers={"sliding_window": WINDOW},
+    with_window=True,
+    finish=_finish_olmo3,
+)
