@@ -13,11 +13,15 @@ from tvm import s_tir, tirx
 from tvm.s_tir import dlight
 
 from mlc_llm.kernels.gpu.linear_few import few_rows_grid, few_rows_product
+from mlc_llm.kernels.gpu.linear_tensor import tensor_grid, tensor_product
 from mlc_llm.kernels.gpu.product import Product, take_apart
+from mlc_llm.kernels.gpu.tensor_cores import tensor_cores
 
-# Rows that threads multiply with a weight in turn; up to so many more have blocks of their own.
+# Rows that threads multiply with a weight in turn; more, up to so many, have blocks of their own.
 _BUCKETS = (4, 8)
 _MOST_ROWS = 32
+# Rows that tensor cores multiply with weights which are read once.
+_TENSOR_BUCKETS = (8, 16, 32, 64)
 _LOAD_BYTES = {"cuda": 16}
 
 
@@ -41,14 +45,25 @@ class ByRows(dlight.ScheduleRule):  # type: ignore[misc]
 
 def _few_rows(product: Product, target: tvm.target.Target) -> list[tuple[int, Any]]:
     """Return launches for few rows, each after the most rows that it is for."""
+    launches = _on_tensor_cores(product, target)
+    if launches:
+        return launches
     load_bytes = _LOAD_BYTES.get(target.kind.name, 8)
-    launches = []
     for rows in _BUCKETS:
         grid = few_rows_grid(product, rows, load_bytes)
         if grid is not None:
             most = _MOST_ROWS if rows == _BUCKETS[-1] else rows
             launches.append((most, few_rows_product(product, grid)))
     return launches
+
+
+def _on_tensor_cores(product: Product, target: tvm.target.Target) -> list[tuple[int, Any]]:
+    """Return such launches on tensor cores, none where GPU or product have no use of them."""
+    cores = tensor_cores(str(target.attrs["arch"])) if target.kind.name == "cuda" else None
+    if cores is None:
+        return []
+    grids = [tensor_grid(product, rows) for rows in _TENSOR_BUCKETS]
+    return [(grid.rows, tensor_product(product, grid, cores)) for grid in grids if grid is not None]
 
 
 def _choose(kernel: Any, num_rows: Any, few: Sequence[tuple[int, Any]], many: Any) -> Any:

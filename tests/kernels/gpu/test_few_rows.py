@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import cuda_on_cpu
 import numpy as np
 import pytest
-from wgsl import Launch, translate
+from wgsl import Launch, launches_of, translate
 
+from mlc_llm.compiler.cuda_code import assemble
 from mlc_llm.kernels.gpu import linear
 from mlc_llm.quantization.apply import group_format
+from mlc_llm.quantization.group import dequantize_group, quantize_group
 from mlc_llm.quantization.schemes import get_scheme
 
 pytestmark = pytest.mark.cpu
 
-# The multiprocessors of an H100.
-MULTIPROCESSORS = 132
+# The multiprocessors of an H100, and the registers of each.
+MULTIPROCESSORS, REGISTERS = 132, 65536
 
 
 @pytest.mark.parametrize("n", [2, 4, 5, 8, 9, 31, 32, 33, 64])
@@ -55,3 +59,39 @@ def test_few_rows_keep_a_gpu_busy(quantization: str) -> None:
         (launch,) = launches(kernel, n)
         blocks = launch.groups[0] * launch.groups[1]
         assert blocks >= 2 * MULTIPROCESSORS * (-(-n // 8))
+
+
+@pytest.mark.parametrize(
+    ("quantization", "n", "architecture"),
+    [("q0f16", 9, "sm_80"), ("q4f16_1", 64, "sm_80"), ("q8f16_1", 7, "sm_75")],
+)
+def test_tensor_cores(tmp_path: Path, quantization: str, n: int, architecture: str) -> None:
+    rng, scheme = np.random.default_rng(n), get_scheme(quantization)
+    x, weight = (rng.standard_normal(shape).astype("f2") for shape in ((n, 320), (40, 320)))
+    tensors = {"x": x, "out": np.full((n, 40), np.nan, np.float16)}
+    if scheme.kind == "none":
+        bias = rng.standard_normal(40).astype("f2")
+        kernel = linear.matmul(None, 40, 320, "float16", "float16", True)
+        tensors |= {"weight": weight, "bias": bias}
+        expected = x.astype(np.float64) @ weight.T + bias
+    else:
+        words, scales = quantize_group(weight.astype("f4"), scheme, transpose=False)
+        form = group_format(scheme, is_linear=True)
+        kernel = linear.group_matmul(None, 40, 320, form, "float16", False)
+        tensors |= {"words": words, "scales": scales}
+        stored = dequantize_group(words, scales, scheme, 320, transposed=False)
+        expected = x.astype(np.float64) @ stored.T
+    found = cuda_on_cpu.run(kernel, architecture, tmp_path, **tensors)["out"]
+    np.testing.assert_allclose(found, expected, atol=1e-3 * np.abs(expected).max(), rtol=0)
+
+
+@pytest.mark.parametrize("quantization", ["q0f16", "q4f16_1"])
+def test_tensor_cores_are_kept_busy(quantization: str) -> None:
+    source, host = cuda_on_cpu.translate(product(4096, quantization), "sm_90")
+    taken = assemble(source, "sm_90").resources()
+    for n in (2, 8, 9, 16, 17, 32, 33, 64):
+        ((name, groups, _),) = launches_of(host, {"n": n})
+        assert groups[0] * groups[1] == 256  # 16 outputs each, all at the same time
+        assert f"launch_bounds__(256) {name}(" in source and not taken[name].spilled_bytes
+        # Two blocks of 256 threads at a time, for up to 32 rows.
+        assert taken[name].registers * 256 * (2 if n <= 32 else 1) <= REGISTERS
