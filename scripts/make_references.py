@@ -130,8 +130,10 @@ def write_checkpoint(case: dict[str, Any], directory: Path) -> None:
     )
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(torch.from_numpy(random_tensor(case, name, tuple(parameter.shape))))
+        # Biases of the choice of experts are buffers there, of zeros.
+        biases = [item for item in model.named_buffers() if item[0].endswith("correction_bias")]
+        for name, tensor in [*model.named_parameters(), *biases]:
+            tensor.copy_(torch.from_numpy(random_tensor(case, name, tuple(tensor.shape))))
     model = model.to(getattr(torch, case.get("dtype", "float32")))
     model.save_pretrained(directory, max_shard_size=case.get("max_shard_size", "1GB"))
     path = directory / "config.json"

@@ -43,10 +43,14 @@ _NAMES: dict[str, tuple[tuple[str, str], ...]] = {
     "glm": (),
     "glm4": _GLM4,
     "olmo3": (),
+    "seed_oss": (),
+    "ernie4_5": (),
+    "arcee": (),
+    "glm4_moe": (("gate.e_score", "e_score"),),
 }
 MODEL_TYPES = tuple(_NAMES)
 # Families that keep gate and up apart.
-_APART = ("cohere2",)
+_APART = ("cohere2", "arcee")
 _JOINED = {"q_proj": ("qkv_proj", "k_proj", "v_proj"), "gate_proj": ("gate_up_proj", "up_proj")}
 
 
@@ -58,6 +62,9 @@ def fuse(config: Mapping[str, Any], weights: Weights) -> Iterator[tuple[str, Arr
     }
     later = [part for names in joined.values() for part in names[1:]]
     for name, weight in weights.items():
+        if ".experts." in name:
+            yield from stacked_experts(name, weights)
+            continue
         path, _, leaf = name.rpartition(".")
         block, _, part = path.rpartition(".")
         if part in later:
@@ -71,3 +78,18 @@ def fuse(config: Mapping[str, Any], weights: Weights) -> Iterator[tuple[str, Arr
                 name = name.replace(theirs, ours)
                 break
         yield name, weight
+
+
+def stacked_experts(name: str, weights: Weights) -> Iterator[tuple[str, Array]]:
+    """Yield all experts of a layer at the tensors of the first: [gate; up], and down."""
+    at, _, part = name.partition("experts.0.")
+    count = sum(other.startswith(f"{at}experts.") and other.endswith(part) for other in weights)
+
+    def stacked(part: str) -> Array:
+        return np.stack([weights[f"{at}experts.{e}.{part}_proj.weight"] for e in range(count)])
+
+    if part == "gate_proj.weight":
+        both = np.concatenate([stacked("gate"), stacked("up")], axis=1)
+        yield f"{at}moe_gate_up_proj.weight", both
+    elif part == "down_proj.weight":
+        yield f"{at}moe_down_proj.weight", stacked("down")

@@ -29,7 +29,7 @@ def forward(config: Mapping[str, Any], weights: Weights, token_ids: Sequence[int
         x = x + _attention(config, w, at + "self_attn.", normed)
         normed = _rms(x, w[at + "post_attention_layernorm.weight"], epsilon)
         is_sparse = layer >= config["first_k_dense_replace"]
-        x = x + (_experts if is_sparse else _dense)(config, w, at + "mlp.", normed)
+        x = x + (experts if is_sparse else _dense)(config, w, at + "mlp.", normed)
     return _rms(x, w["model.norm.weight"], epsilon) @ w["lm_head.weight"].T
 
 
@@ -89,10 +89,10 @@ def _rotate(x: Array, rotation: NDArray[np.complex128]) -> Array:
     return out
 
 
-def _experts(config: Mapping[str, Any], w: Mapping[str, Array], at: str, x: Array) -> Array:
+def experts(config: Mapping[str, Any], w: Mapping[str, Array], at: str, x: Array) -> Array:
     logits = x @ w[at + "gate.weight"].T
     groups, top_groups = config["n_group"], config["topk_group"]
-    is_v3 = config["model_type"] == "deepseek_v3"
+    is_v3 = config["model_type"] in ("deepseek_v3", "glm4_moe")
     if is_v3:
         scores = 1 / (1 + np.exp(-logits))
         wanted = scores + w[at + "gate.e_score_correction_bias"]

@@ -48,6 +48,8 @@ class Model:
     residual_factor: float = 1
     logit_factor: float = 1
     num_best: int = 0  # experts of a token, where there are any
+    # (start of names, x): what mixes experts, where these are not Mixtral's.
+    experts: Callable[[str, Array], Array] | None = None
     # What queries grow by each time that so many tokens went before.
     query_growth: float = 0
     query_period: int = 1
@@ -124,6 +126,8 @@ def _mlp(model: Model, layer: int, hidden: Array) -> Array:
         mixed = _experts(model, at, hidden)
         if at + "up_proj.weight" not in model.weights:
             return mixed
+    if model.experts is not None and at + "gate.weight" in model.weights:
+        return model.experts(at, hidden)
     up = _linear(model, at + "up_proj", hidden)
     if at + "gate_proj.weight" not in model.weights:
         return _linear(model, at + "down_proj", model.activation(up))

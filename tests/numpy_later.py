@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import numpy_deepseek
 from numpy.typing import NDArray
 from numpy_dense import Model, read_model, run
 from numpy_dense_names import split_rows
@@ -95,6 +96,14 @@ def _olmo3(model: Model, config: Config) -> None:
     model.ropes = [config["rope_parameters"][kind] for kind in _kinds(config)]
 
 
+def _arcee(model: Model, config: Config) -> None:
+    model.activation = lambda x: np.maximum(x, 0) ** 2
+
+
+def _glm4_moe(model: Model, config: Config) -> None:
+    model.experts = lambda at, x: numpy_deepseek.experts(config, model.weights, at, x)
+
+
 _DIFFERENCES: dict[str, Callable[[Model, Config], None]] = {
     "smollm3": _smollm3,
     "granite": _granite,
@@ -106,6 +115,10 @@ _DIFFERENCES: dict[str, Callable[[Model, Config], None]] = {
     "glm": _glm,
     "glm4": _glm4,
     "olmo3": _olmo3,
+    "seed_oss": lambda model, config: None,
+    "ernie4_5": _glm,
+    "arcee": _arcee,
+    "glm4_moe": _glm4_moe,
 }
 MODEL_TYPES = tuple(_DIFFERENCES)
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
-MODEL_TYPES = ("rwkv5", "rwkv6", "qwen3_5_text")
+MODEL_TYPES = ("rwkv5", "rwkv6", "qwen3_5_text", "qwen3_5_moe_text", "qwen3_next")
 
 
 class Tensors:
@@ -25,6 +25,9 @@ class Tensors:
 
     def __getitem__(self, name: str) -> Array:
         return self._weights[self._prefix + name].astype(np.float64)
+
+    def __contains__(self, name: str) -> bool:
+        return self._prefix + name in self._weights
 
     def of(self, part: str) -> Tensors:
         return Tensors(self._weights, f"{self._prefix}{part}.")
@@ -141,7 +144,8 @@ def _rms_norm(x: Array, weight: Array, epsilon: float) -> Array:
 def _qwen(config: Mapping[str, Any], tensors: Tensors, token_ids: NDArray[Any]) -> Array:
     model, epsilon = tensors.of("model"), config["rms_norm_eps"]
     x = model["embed_tokens.weight"][token_ids]
-    for index, kind in enumerate(config["layer_types"]):
+    for index in range(config["num_hidden_layers"]):
+        kind = _kind(config, index)
         layer = model.of(f"layers.{index}")
         normed = _rms_norm(x, 1 + layer["input_layernorm.weight"], epsilon)
         if kind == "linear_attention":
@@ -149,9 +153,37 @@ def _qwen(config: Mapping[str, Any], tensors: Tensors, token_ids: NDArray[Any]) 
         else:
             x = x + _gated_attention(config, layer.of("self_attn"), normed)
         normed = _rms_norm(x, 1 + layer["post_attention_layernorm.weight"], epsilon)
-        gate, up = (normed @ layer[f"mlp.{name}_proj.weight"].T for name in ("gate", "up"))
-        x = x + (_silu(gate) * up) @ layer["mlp.down_proj.weight"].T
+        mix = _mixture if "mlp.gate.weight" in layer else _gated
+        x = x + mix(config, layer.of("mlp"), normed)
     return _rms_norm(x, 1 + model["norm.weight"], epsilon) @ tensors["lm_head.weight"].T
+
+
+def _kind(config: Mapping[str, Any], layer: int) -> str:
+    if "layer_types" in config:
+        return str(config["layer_types"][layer])
+    every = config["full_attention_interval"]
+    return "linear_attention" if (layer + 1) % every else "full_attention"
+
+
+def _gated(config: Mapping[str, Any], part: Tensors, x: Array) -> Array:
+    gate, up = (x @ part[f"{name}_proj.weight"].T for name in ("gate", "up"))
+    return (_silu(gate) * up) @ part["down_proj.weight"].T
+
+
+def _mixture(config: Mapping[str, Any], part: Tensors, x: Array) -> Array:
+    """Mix the best experts by their share of the softmax, and add the one that all share."""
+    logits = x @ part["gate.weight"].T
+    scores = np.exp(logits - logits.max(-1, keepdims=True))
+    scores = scores / scores.sum(-1, keepdims=True)
+    out = _gated(config, part.of("shared_expert"), x)
+    out = out * _sigmoid(x @ part["shared_expert_gate.weight"].T)
+    for token, row in enumerate(scores):
+        best = np.argsort(-row)[: config["num_experts_per_tok"]]
+        share = row[best] / row[best].sum() if config.get("norm_topk_prob", True) else row[best]
+        for expert, weight in zip(best, share, strict=True):
+            made = _gated(config, part.of(f"experts.{expert}"), x[token : token + 1])
+            out[token] += weight * made[0]
+    return out
 
 
 def _gated_attention(config: Mapping[str, Any], part: Tensors, x: Array) -> Array:
@@ -171,11 +203,26 @@ def _gated_attention(config: Mapping[str, Any], part: Tensors, x: Array) -> Arra
 
 def _turn(config: Mapping[str, Any], x: Array) -> Array:
     """Rotate the first dimensions of each head (n, h, d), in halves."""
-    rope = config["rope_parameters"]
+    rope = config.get("rope_parameters", config)
     half = int(config["head_dim"] * rope["partial_rotary_factor"]) // 2
     angles = np.outer(np.arange(len(x)), rope["rope_theta"] ** (-np.arange(half) / half))
     turned = (x[..., :half] + 1j * x[..., half : 2 * half]) * np.exp(1j * angles)[:, None]
     return np.concatenate([turned.real, turned.imag, x[..., 2 * half :]], axis=-1)
+
+
+def _delta_inputs(config: Mapping[str, Any], part: Tensors, x: Array) -> list[Array]:
+    """Return [q; k; v], z, b and a of all tokens; Qwen3-Next has them key head by key head."""
+    if "in_proj_qkv.weight" in part:
+        return [x @ part[f"in_proj_{name}.weight"].T for name in ("qkv", "z", "b", "a")]
+    n, groups = len(x), config["linear_num_key_heads"]
+    size = config["linear_key_head_dim"]
+    qkvz, ba = (x @ part[f"in_proj_{name}.weight"].T for name in ("qkvz", "ba"))
+    qkvz, ba = qkvz.reshape(n, groups, -1), ba.reshape(n, groups, -1)
+    half = (qkvz.shape[-1] - 2 * size) // 2
+    q, k, v, z = np.split(qkvz, [size, 2 * size, 2 * size + half], axis=-1)
+    b, a = np.split(ba, 2, axis=-1)
+    q, k, v, z, b, a = (y.reshape(n, -1) for y in (q, k, v, z, b, a))
+    return [np.concatenate([q, k, v], axis=1), z, b, a]
 
 
 def _delta_net(config: Mapping[str, Any], part: Tensors, x: Array) -> Array:
@@ -184,16 +231,17 @@ def _delta_net(config: Mapping[str, Any], part: Tensors, x: Array) -> Array:
     key_size, value_size = config["linear_key_head_dim"], config["linear_value_head_dim"]
     filters = part["conv1d.weight"][:, 0]  # (channels, taps)
     taps = filters.shape[1]
-    padded = np.pad(x @ part["in_proj_qkv.weight"].T, ((taps - 1, 0), (0, 0)))
+    qkv, z, b, a = _delta_inputs(config, part, x)
+    padded = np.pad(qkv, ((taps - 1, 0), (0, 0)))
     mixed = _silu(sum(padded[j : j + n] * filters[:, j] for j in range(taps)))
     q, k, v = np.split(mixed, [key_heads * key_size, 2 * key_heads * key_size], axis=1)
     q, k = (y.reshape(n, key_heads, key_size) for y in (q, k))
     q, k = (y / np.sqrt((y**2).sum(-1, keepdims=True) + 1e-6) for y in (q, k))
     q, k = (np.repeat(y, heads // key_heads, axis=1) for y in (q / np.sqrt(key_size), k))
     v = v.reshape(n, heads, value_size)
-    step = np.logaddexp(0, x @ part["in_proj_a.weight"].T + part["dt_bias"])
+    step = np.logaddexp(0, a + part["dt_bias"])
     decay = np.exp(-np.exp(part["A_log"]) * step)  # (n, h)
-    beta = _sigmoid(x @ part["in_proj_b.weight"].T)
+    beta = _sigmoid(b)
     state = np.zeros((heads, key_size, value_size))
     out = np.zeros((n, heads, value_size))
     for t in range(n):
@@ -202,5 +250,5 @@ def _delta_net(config: Mapping[str, Any], part: Tensors, x: Array) -> Array:
         state = state + np.einsum("hi,hj->hij", beta[t][:, None] * k[t], error)
         out[t] = np.einsum("hi,hij->hj", q[t], state)
     normed = _rms_norm(out, part["norm.weight"], config["rms_norm_eps"])
-    gate = (x @ part["in_proj_z.weight"].T).reshape(n, heads, value_size)
+    gate = z.reshape(n, heads, value_size)
     return (normed * _silu(gate)).reshape(n, -1) @ part["out_proj.weight"].T

@@ -109,6 +109,11 @@ FEATURES = [
     ("exaone4", {"layer_types": ["sliding_attention"] * 3}),
     ("glm4", {"rope_parameters": {"rope_theta": 20000.0}}),
     ("olmo3", {"layer_types": ["sliding_attention"] * 4}),
+    ("qwen3_5_moe", {"num_experts_per_tok": 3}),
+    ("qwen3_next", {"norm_topk_prob": False}),
+    ("qwen3_next", {"partial_rotary_factor": 0.25}),
+    ("glm4_moe", {"routed_scaling_factor": 1.0}),
+    ("glm4_moe", {"norm_topk_prob": False}),
     ("olmo3", {"layer_types": ["full_attention"] * 4}),
     ("gpt_oss", {"sliding_window": 10}),
     ("gpt_oss", {"layer_types": ["sliding_attention", *["full_attention"] * 2]}),
@@ -163,6 +168,9 @@ def test_feature_shows_in_logits(name: str, edit: dict[str, Any]) -> None:
         ("qwen", 2),
         ("granite", 8),
         ("glm", 6),
+        ("seed_oss", 12),
+        ("ernie4_5", 14),
+        ("glm4_moe", 7),
     ],
 )
 def test_every_bias_shows_in_logits(name: str, count: int) -> None:

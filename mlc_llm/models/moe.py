@@ -13,6 +13,8 @@ from mlc_llm.models.plan import ParamRule, Stack
 
 # Modules of stacked experts under MLC LLM's names -> the parts of one in most checkpoints.
 EXPERT_PARTS = {"moe_gate_up_proj": ("gate_proj", "up_proj"), "moe_down_proj": ("down_proj",)}
+# The same -> the tensor of all experts that some checkpoints hold in place of these parts.
+_STACKED = {"moe_gate_up_proj": "gate_up_proj", "moe_down_proj": "down_proj"}
 
 
 def check_experts(num_experts: object, per_token: object, *sizes: object) -> None:
@@ -52,5 +54,7 @@ def expert_rule(
         if path.endswith(module):
             prefix = path.removesuffix(module) + experts
             names = [f"{prefix}.{e}.{part}.{leaf}" for e in range(num_experts) for part in parts]
-            return ParamRule(tuple(names), Stack(num_experts))
+            has_whole = module in _STACKED and leaf == "weight"
+            whole = f"{prefix}.{_STACKED[module]}" if has_whole else ""
+            return ParamRule(tuple(names), Stack(num_experts), whole)
     return None

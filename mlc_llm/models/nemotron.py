@@ -29,7 +29,7 @@ class NemotronConfig(LlamaConfig):
     }
 
 
-def mlp(config: NemotronConfig, dtype: str, layer: int) -> nn.Module:
+def mlp(config: LlamaConfig, dtype: str, layer: int) -> nn.Module:
     """Make a feed-forward layer."""
     del layer
     names = ("up_proj", "down_proj")

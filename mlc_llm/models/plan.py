@@ -5,7 +5,7 @@ Knows names, shapes and NumPy arrays. Does not know files, TVM or any model fami
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,10 +40,20 @@ class Stack:
 
 @dataclass(frozen=True)
 class ParamRule:
-    """Checkpoint tensors (Hugging Face names) and how they become one model parameter."""
+    """Checkpoint tensors (Hugging Face names) and how they become one model parameter.
+
+    whole: the tensor that some checkpoints have in place of all of these, with nothing to combine;
+    "" for none.
+    """
 
     sources: tuple[str, ...]
     combine: Combine = concatenate
+    whole: str = ""
+
+    def fitting(self, names: Collection[str]) -> ParamRule:
+        """Return the rule for a checkpoint that has tensors of these names."""
+        has_whole = self.whole in names and not any(name in names for name in self.sources)
+        return ParamRule((self.whole,)) if has_whole else self
 
 
 @dataclass(frozen=True)

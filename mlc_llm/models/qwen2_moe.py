@@ -116,7 +116,8 @@ class Qwen2MoE(QwenMoE):
         return ops.add(super().forward(x), shared)
 
 
-def _mlp(config: Qwen2MoeConfig, dtype: str, layer: int) -> nn.Module:
+def moe_mlp(config: Qwen2MoeConfig, dtype: str, layer: int) -> nn.Module:
+    """Make the feed-forward layer of a layer, with experts or without."""
     if not config.has_experts(layer):
         return gated_mlp(config, dtype, layer)
     check_experts(config.num_experts, 1, config.shared_expert_intermediate_size)
@@ -125,7 +126,7 @@ def _mlp(config: Qwen2MoeConfig, dtype: str, layer: int) -> nn.Module:
 
 def build(config: Qwen2MoeConfig, dtype: str) -> CausalLM:
     """Build the unquantized module with parameters of `dtype`."""
-    return build_decoder(config, dtype, Qwen2Attention, _mlp)
+    return build_decoder(config, dtype, Qwen2Attention, moe_mlp)
 
 
 def special_rule(config: Qwen2MoeConfig, parameter: str) -> ParamRule | None:
@@ -133,7 +134,7 @@ def special_rule(config: Qwen2MoeConfig, parameter: str) -> ParamRule | None:
     return expert_rule(parameter, EXPERT_PARTS, config.num_experts)
 
 
-_SHARED = {
+SHARED_PARTS = {
     "mlp.shared_expert.gate_up_proj": ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj")
 }
 FAMILY = Family(
@@ -141,6 +142,6 @@ FAMILY = Family(
     ("Qwen2MoeForCausalLM",),
     Qwen2MoeConfig,
     build,
-    {**PARTS, **_SHARED},
+    {**PARTS, **SHARED_PARTS},
     special_rule,
 )

@@ -86,9 +86,10 @@ class Qwen35Config(DecoderConfig):
             return {**fields, "tensor_prefix": "model.language_model."}
         if config.get("attn_output_gate") is False:
             raise UnsupportedModel("Qwen3.5 without gates in its attention is not supported")
-        rope = {"partial_rotary_factor": 0.25, **(config.get("rope_parameters") or {})}
+        share = config.get("partial_rotary_factor")
+        config = {**config, "partial_rotary_factor": 0.25 if share is None else share}
         return {
-            **super().huggingface_fields({**config, "rope_parameters": rope}),
+            **super().huggingface_fields(config),
             **_delta_fields(config),
             "attention_bias": bool(config.get("attention_bias", False)),
         }
@@ -237,26 +238,31 @@ def _add_one(parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
     return result
 
 
-def _rule_for(config: Qwen35Config, parameter: str) -> ParamRule | None:
-    """Return how a parameter is made: names with the checkpoint's prefix, norms with 1 added."""
+def rule_for(
+    config: Qwen35Config, parameter: str, parts: Mapping[str, tuple[str, ...]] = PARTS
+) -> ParamRule:
+    """Return how a parameter is made: names with the checkpoint's prefix, norms with 1 added.
+
+    parts: see `Family.fused`.
+    """
     source = parameter.replace("model.", config.tensor_prefix, 1)
     source = source.replace("conv1d_weight", "conv1d.weight")
     path, _, leaf = source.rpartition(".")
-    for suffix, names in PARTS.items():
+    for suffix, names in parts.items():
         if path.endswith(suffix):
             prefix = path[: -len(suffix)]
             return ParamRule(tuple(f"{prefix}{name}.{leaf}" for name in names))
     return ParamRule((source,), _add_one) if parameter.endswith(_NORMS) else ParamRule((source,))
 
 
-_UNUSED = ("model.visual.", "mtp.")
+UNUSED = ("model.visual.", "mtp.")
 FAMILY = Family(
     "qwen3_5",
     ("Qwen3_5ForConditionalGeneration",),
     Qwen35Config,
     build,
-    special=_rule_for,
-    unused=_UNUSED,
+    special=rule_for,
+    unused=UNUSED,
 )
 TEXT = dataclasses.replace(
     FAMILY, name="qwen3_5_text", architectures=("Qwen3_5ForCausalLM", "Qwen3_5TextForCausalLM")

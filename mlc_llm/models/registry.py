@@ -7,6 +7,7 @@ from typing import Any
 
 from mlc_llm.errors import CorruptFile, OptionError, UnsupportedModel
 from mlc_llm.models import (
+    arcee,
     baichuan,
     bert,
     chatglm,
@@ -14,11 +15,13 @@ from mlc_llm.models import (
     cohere2,
     deepseek,
     deepseek_v2,
+    ernie4_5,
     exaone4,
     gemma,
     gemma2,
     gemma3,
     glm4,
+    glm4_moe,
     gpt2,
     gpt_bigcode,
     gpt_neox,
@@ -47,9 +50,11 @@ from mlc_llm.models import (
     qwen2_moe,
     qwen3,
     qwen3_5,
+    qwen3_5_moe,
     qwen3_moe,
     rwkv5,
     rwkv6,
+    seed_oss,
     smollm3,
     stablelm,
     starcoder2,
@@ -57,6 +62,7 @@ from mlc_llm.models import (
 from mlc_llm.models.base import Family
 
 _MODULES = (
+    arcee,
     baichuan,
     bert,
     chatglm,
@@ -64,11 +70,13 @@ _MODULES = (
     cohere2,
     deepseek,
     deepseek_v2,
+    ernie4_5,
     exaone4,
     gemma,
     gemma2,
     gemma3,
     glm4,
+    glm4_moe,
     gpt2,
     gpt_bigcode,
     gpt_neox,
@@ -97,9 +105,11 @@ _MODULES = (
     qwen2_moe,
     qwen3,
     qwen3_5,
+    qwen3_5_moe,
     qwen3_moe,
     rwkv5,
     rwkv6,
+    seed_oss,
     smollm3,
     stablelm,
     starcoder2,
@@ -120,6 +130,8 @@ FAMILIES: dict[str, Family] = {
         phi.MIXFORMER,
         qwen3.EMBEDDING,
         qwen3_5.TEXT,
+        qwen3_5_moe.TEXT,
+        qwen3_5_moe.NEXT,
     )
 }
 

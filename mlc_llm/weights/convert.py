@@ -5,6 +5,7 @@ Knows plans and sources. Does not know model families, schemes or file formats; 
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -63,6 +64,8 @@ def convert(
     and its stored form at a time. `progress` gets (done, total, parameter name).
     Raises ParameterMismatch, CorruptFile, UnsupportedModel, StorageError.
     """
+    names = frozenset(source.names())
+    plan = [dataclasses.replace(item, rule=item.rule.fitting(names)) for item in plan]
     _check_names(plan, source, unused)
     for item in plan:
         _check_source_shapes(item, source)

@@ -130,11 +130,13 @@ def test_every_tensor_of_the_checkpoint_is_used_once(case: ReferenceCase) -> Non
         if used[name] or not (name.startswith(family.unused) or name.endswith(".inv_freq"))
     }
     # Keys and values of latent attention are one tensor there and two parameters here; so are the
-    # token table and the output layer where that is the same.
+    # inputs of Qwen3-Next's linear attention, and the token table and the output layer where that
+    # is the same.
     is_tied = config.get("tie_word_embeddings", True)
     tables = ("wte.weight",) if is_tied else ()
+    halves = ("kv_b_proj.weight", "in_proj_qkvz.weight", "in_proj_ba.weight", *tables)
     for name, count in used.items():
-        assert count == (2 if name.endswith(("kv_b_proj.weight", *tables)) else 1), name
+        assert count == (2 if name.endswith(halves) else 1), name
 
 
 @pytest.mark.cpu

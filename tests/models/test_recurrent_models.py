@@ -265,6 +265,8 @@ def test_rescaled_hidden_states(tmp_path: Path) -> None:
         ("qwen3_5", {"linear_num_key_heads": 3}, "share 3 key heads"),
         ("qwen3_5", {"linear_key_head_dim": 0}, "linear_key_head_dim must be at least 1"),
         ("qwen3_5", {"attn_output_gate": False}, "gates"),
+        ("qwen3_5_moe", {"num_experts_per_tok": 7}, "a token has 7 experts, the model 6"),
+        ("qwen3_next", {"mlp_only_layers": 1}, "mlp_only_layers is 1"),
     ],
 )
 def test_what_is_not_supported_is_refused(name: str, changes: dict[str, Any], words: str) -> None:
@@ -284,6 +286,15 @@ def test_missing_fields_follow_from_others() -> None:
     del config["layer_types"]
     found = get_family("qwen3_5").config_from_huggingface({**config, "num_hidden_layers": 8})
     assert [found.is_linear(layer) for layer in range(8)] == [True, True, True, False] * 2
+
+
+def test_scaling_beside_the_base_is_not_lost() -> None:
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    config = {**get_case("qwen3_next").config(), "rope_scaling": scaling}
+    del config["partial_rotary_factor"]
+    found = get_family("qwen3_next").config_from_huggingface(config)
+    assert found.rope_scaling == scaling and found.position_embedding_base == 1000
+    assert found.partial_rotary_factor == 0.25
 
 
 def test_text_part_of_a_model_with_images() -> None:

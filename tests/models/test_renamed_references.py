@@ -96,10 +96,27 @@ def as_part_of_a_model_with_images(config: Config, weights: Weights) -> Checkpoi
     }, found
 
 
+def as_moe_with_images(config: Config, weights: Weights) -> Checkpoint:
+    """The same of a mixture of experts, whose experts are stacked."""
+    experts = range(config["num_experts"])
+    found = {name: value for name, value in weights.items() if ".experts." not in name}
+    for layer in range(config["num_hidden_layers"]):
+        at = f"model.layers.{layer}.mlp.experts."
+        gate, up, down = (
+            np.stack([weights[f"{at}{expert}.{part}_proj.weight"] for expert in experts])
+            for part in ("gate", "up", "down")
+        )
+        found |= {f"{at}gate_up_proj": np.concatenate([gate, up], axis=1), f"{at}down_proj": down}
+    config, found = as_part_of_a_model_with_images(config, found)
+    names = ("Qwen3_5MoeForConditionalGeneration", "qwen3_5_moe")
+    return {**config, "architectures": [names[0]], "model_type": names[1]}, found
+
+
 WRITERS: dict[str, Callable[[Config, Weights], Checkpoint]] = {
     "bert-bge": as_bge,
     "phi-msft": as_phi_msft,
     "qwen3_5": as_part_of_a_model_with_images,
+    "qwen3_5_moe": as_moe_with_images,
 }
 
 
