@@ -1,7 +1,4 @@
-"""Kernels of recurrent layers for GPUs, run as WGSL, against NumPy.
-
-A step of three sequences of different lengths: one begins, two go on from states in other slots.
-"""
+"""Kernels of recurrent layers for GPUs, run as WGSL, against NumPy."""
 
 from __future__ import annotations
 
@@ -9,15 +6,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+from recurrence_steps import (
+    NUM_SLOTS,
+    STEPS,
+    check,
+    check_gated_delta_rule,
+    check_wkv,
+    normal,
+    run_step,
+    sequences,
+    sigmoid,
+)
 
 from mlc_llm.kernels.cpu.delta_rule import DeltaShape
-from mlc_llm.kernels.gpu import delta_rule, recurrence, recurrent_rows
-
-# Tokens of each sequence, and the position of its first one; tokens of all, one each.
-STEPS = {"ragged": ([5, 1, 21], [0, 7, 3]), "single": ([1, 1, 1], [4, 0, 2])}
-SLOTS = np.array([2, 0, 3], np.int32)
-NUM_SLOTS = 4
-TOLERANCE = {"float32": 3e-5, "float16": 4e-3}
+from mlc_llm.kernels.gpu import recurrence, recurrent_rows
 
 
 @pytest.fixture(params=["float32", "float16"])
@@ -32,63 +34,10 @@ def step(request: Any) -> tuple[list[int], list[int]]:
     return STEPS[request.param]
 
 
-def normal(shape: tuple[int, ...], dtype: str = "float32", seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
-
-
-def sigmoid(x: np.ndarray) -> np.ndarray:
-    return 1 / (1 + np.exp(-x.astype(np.float64)))
-
-
-def check(found: np.ndarray, expected: np.ndarray, dtype: str) -> None:
-    tolerance = TOLERANCE[dtype] * max(1.0, np.abs(expected).max())
-    np.testing.assert_allclose(found.astype(np.float64), expected, atol=tolerance, rtol=0)
-
-
-def run_step(
-    webgpu: Any,
-    kernel: Any,
-    step: tuple[list[int], list[int]],
-    state: np.ndarray,
-    out: np.ndarray,
-    **tensors: np.ndarray,
-) -> tuple[list[np.ndarray], list[np.ndarray], np.ndarray]:
-    """Run a recurrence; return rows and new states of each sequence, and the state of nobody."""
-    counts, starts = step
-    ends = np.cumsum([0, *counts]).astype(np.int32)
-    # What begins is to find zeros, whatever is in its slot.
-    before = state.copy()
-    before[[slot for slot, start in zip(SLOTS, starts, strict=True) if start == 0]] = np.nan
-    positions = [np.arange(s, s + c) for c, s in zip(counts, starts, strict=True)]
-    found = webgpu.run(
-        kernel,
-        **tensors,
-        positions=np.concatenate(positions).astype(np.int32),
-        query_start=ends,
-        slots=SLOTS,
-        state=before,
-        out=out,
-    )
-    return np.split(found["out"], ends[1:-1]), list(found["state"][SLOTS]), found["state"][1]
-
-
-def sequences(
-    step: tuple[list[int], list[int]], state: np.ndarray, *rows: np.ndarray
-) -> list[tuple[np.ndarray, ...]]:
-    """Return the state and rows of each sequence, float64."""
-    counts, starts = step
-    parts = [np.split(x.astype(np.float64), np.cumsum(counts)[:-1]) for x in rows]
-    states = [
-        state[slot].astype(np.float64) * (start > 0)
-        for slot, start in zip(SLOTS, starts, strict=True)
-    ]
-    return list(zip(states, *parts, strict=True))
-
-
 def test_token_shift(webgpu: Any, dtype: str, step: Any) -> None:
     x, state = normal((sum(step[0]), 300), dtype), normal((NUM_SLOTS, 300), seed=1)
     kernel = recurrence.token_shift(300, dtype)
-    found, states, rest = run_step(webgpu, kernel, step, state, np.zeros_like(x), x=x)
+    found, states, rest = run_step(webgpu.run, kernel, step, state, np.zeros_like(x), x=x)
     np.testing.assert_array_equal(rest, state[1])
     for i, (last, rows) in enumerate(sequences(step, state, x)):
         np.testing.assert_array_equal(found[i][1:], rows[:-1])
@@ -103,7 +52,7 @@ def test_causal_conv(webgpu: Any, dtype: str, step: Any, taps: int) -> None:
     state = normal((NUM_SLOTS, taps - 1, channels), seed=2)
     kernel = recurrence.causal_conv(channels, taps, dtype, dtype)
     given = {"x": x, "weight": weight}
-    found, states, rest = run_step(webgpu, kernel, step, state, np.zeros_like(x), **given)
+    found, states, rest = run_step(webgpu.run, kernel, step, state, np.zeros_like(x), **given)
     np.testing.assert_array_equal(rest, state[1])
     for i, (kept, rows) in enumerate(sequences(step, state, x)):
         inputs = np.concatenate([kept, rows])
@@ -115,55 +64,14 @@ def test_causal_conv(webgpu: Any, dtype: str, step: Any, taps: int) -> None:
 # A thread has all 20 rows of a column; two have 36 each, and the third block 8 columns of use.
 @pytest.mark.parametrize(("size", "is_dynamic"), [(20, False), (72, True)])
 def test_wkv(webgpu: Any, dtype: str, step: Any, size: int, is_dynamic: bool) -> None:
-    n, heads = sum(step[0]), 2
-    r, k, v = (normal((n, heads * size), dtype, seed) for seed in range(3))
-    decay = np.exp(-np.exp(normal((n if is_dynamic else 1, heads * size), seed=3)))
-    bonus, state = normal((heads, size), seed=4), normal((NUM_SLOTS, heads, size, size), seed=5)
-    kernel = recurrence.wkv(heads, size, dtype, "float32", is_dynamic)
-    given = {"r": r, "k": k, "v": v, "decay": decay, "bonus": bonus}
-    out = np.zeros((n, heads * size), np.float32)
-    found, states, rest = run_step(webgpu, kernel, step, state, out, **given)
-    np.testing.assert_array_equal(rest, state[1])
-    wide_decay = np.broadcast_to(decay, r.shape)
-    for i, (held, *rows) in enumerate(sequences(step, state, r, k, v, wide_decay)):
-        heads_of = (x.reshape(-1, heads, size) for x in rows)
-        expected = []
-        for r_t, k_t, v_t, w_t in zip(*heads_of, strict=True):
-            product = np.einsum("hi,hj->hij", k_t, v_t)
-            expected.append(np.einsum("hi,hij->hj", r_t, bonus[:, :, None] * product + held))
-            held = w_t[:, :, None] * held + product
-        check(found[i], np.reshape(expected, found[i].shape), "float32")
-        check(states[i], held, "float32")
+    check_wkv(webgpu.run, dtype, step, size, is_dynamic)
 
 
 @pytest.mark.parametrize(
     "shape", [DeltaShape(1, 2, 6, 5), DeltaShape(2, 2, 64, 40)], ids=["shared", "wide"]
 )
 def test_gated_delta_rule(webgpu: Any, dtype: str, step: Any, shape: DeltaShape) -> None:
-    n, heads, keys = sum(step[0]), shape.num_heads, shape.num_key_heads * shape.key_dim
-    qkv = normal((n, shape.width), dtype)
-    a, b = (normal((n, heads), dtype, seed) for seed in (1, 2))
-    a_log, dt_bias = (normal((heads,), seed=seed) for seed in (3, 4))
-    state = normal((NUM_SLOTS, heads, shape.key_dim, shape.value_dim), seed=5)
-    kernel = delta_rule.gated_delta_rule(shape, dtype, "float32")
-    given = {"qkv": qkv, "a": a, "b": b, "a_log": a_log, "dt_bias": dt_bias}
-    out = np.zeros((n, heads * shape.value_dim), np.float32)
-    found, states, rest = run_step(webgpu, kernel, step, state, out, **given)
-    np.testing.assert_array_equal(rest, state[1])
-    for i, (held, rows, a_rows, b_rows) in enumerate(sequences(step, state, qkv, a, b)):
-        q, k, v = np.split(rows, [keys, 2 * keys], axis=1)
-        q, k = (x.reshape(-1, shape.num_key_heads, shape.key_dim) for x in (q, k))
-        q, k = (x / np.sqrt((x**2).sum(-1, keepdims=True) + 1e-6) for x in (q, k))
-        q, k = (np.repeat(x, heads // shape.num_key_heads, axis=1) for x in (q, k))
-        decay = np.exp(-np.exp(a_log) * np.logaddexp(0, a_rows + dt_bias))
-        expected = []
-        for t, v_t in enumerate(v.reshape(-1, heads, shape.value_dim)):
-            held = held * decay[t][:, None, None]
-            change = sigmoid(b_rows[t])[:, None] * (v_t - np.einsum("hi,hij->hj", k[t], held))
-            held = held + np.einsum("hi,hj->hij", k[t], change)
-            expected.append(np.einsum("hi,hij->hj", q[t], held) / np.sqrt(shape.key_dim))
-        check(found[i], np.reshape(expected, found[i].shape), "float32")
-        check(states[i], held, "float32")
+    check_gated_delta_rule(webgpu.run, dtype, step, shape)
 
 
 @pytest.fixture(params=[1, 5])
