@@ -25,6 +25,7 @@ from mlc_llm.weights.gguf_config import MAX_EXPERTS, build_config, find_architec
 from mlc_llm.weights.gguf_file import UNQUANTIZED, GGUFFile, GGUFTensor
 from mlc_llm.weights.gguf_metadata import MetadataReader
 from mlc_llm.weights.gguf_parts import Architecture, Change
+from mlc_llm.weights.gguf_ranking import ANSWERS_NAME, find_score_tokens
 
 __all__ = ["ARCHITECTURES", "GGUFSource"]
 
@@ -56,7 +57,10 @@ class GGUFSource:
         self.config: dict[str, Any] = build_config(self._file, name, architecture)
         self._stored: dict[str, _Stored] = {}
         num_layers = MetadataReader(self._file, name).num_layers()
-        for tensor in self._file.tensors.values():
+        tensors = dict(self._file.tensors)
+        if find_score_tokens(self._file) is not None:
+            tensors.pop(ANSWERS_NAME, None)  # rows of the embeddings
+        for tensor in tensors.values():
             if not _TABLES.match(tensor.name) and _layer_of(tensor.name) < num_layers:
                 self._stored.update(_huggingface_names(tensor, architecture))
 

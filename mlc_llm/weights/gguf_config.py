@@ -16,6 +16,7 @@ from mlc_llm.weights.gguf_file import GGUFFile
 from mlc_llm.weights.gguf_later import OLMO3
 from mlc_llm.weights.gguf_metadata import MetadataReader
 from mlc_llm.weights.gguf_parts import Architecture
+from mlc_llm.weights.gguf_ranking import check_reranker
 from mlc_llm.weights.gguf_rope import find_llama3_scaling
 
 _ROPE_FACTORS = "rope_freqs.weight"
@@ -57,6 +58,7 @@ def build_config(file: GGUFFile, name: str, architecture: Architecture) -> dict[
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
         raise ParameterMismatch(f"{file.path} has no embedding table (token_embd.weight)")
+    check_reranker(file)
     hidden_size = reader.count("embedding_length")
     if architecture.is_recurrent:
         num_heads = hidden_size // reader.count("wkv.head_size")

@@ -58,17 +58,17 @@ class GGUFTensor:
 
     def split(self) -> list[GGUFTensor]:
         """Return the parts of a stacked tensor, which lie one after another."""
-        count = self.shape[0]
-        part_bytes = self.size_bytes // count
-        return [
-            dataclasses.replace(
-                self,
-                shape=self.shape[1:],
-                offset=self.offset + number * part_bytes,
-                size_bytes=part_bytes,
-            )
-            for number in range(count)
-        ]
+        return [self.part(number) for number in range(self.shape[0])]
+
+    def part(self, number: int) -> GGUFTensor:
+        """Return one part of a stacked tensor, or one row of a matrix."""
+        part_bytes = self.size_bytes // self.shape[0]
+        return dataclasses.replace(
+            self,
+            shape=self.shape[1:],
+            offset=self.offset + number * part_bytes,
+            size_bytes=part_bytes,
+        )
 
 
 class GGUFFile:

@@ -62,7 +62,7 @@ def test_what_is_no_encoder_for_embeddings(tmp_path):
     with pytest.raises(UnsupportedModel, match="causal attention in BERT"):
         GGUFSource(causal)
     with pytest.raises(UnsupportedModel, match="is a BERT that scores texts"):
-        GGUFSource(write_small(tmp_path / "cls.gguf", "cls.output", pooling_type=4))
+        GGUFSource(write_small(tmp_path / "cls.gguf", "cls.output"))
 
 
 def test_positions_and_token_types_are_those_of_the_tables(tmp_path):
