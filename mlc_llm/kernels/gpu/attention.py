@@ -40,7 +40,7 @@ def paged_attention(
     part_keys = single_grid(shape, limits).part_keys
     attend_single, merge = single_steps(shape, dtype, sink_dtype, limits)
     if cores is not None and fits_tensor_cores(shape, dtype, cores):
-        attend_tile = tensor_steps(shape, sink_dtype, cores)
+        attend_tile = tensor_steps(shape, dtype, sink_dtype, cores)
     else:
         attend_tile = tile_steps(shape, dtype, sink_dtype, limits)
 

@@ -1,4 +1,5 @@
-"""Attention of tiles of tokens on tensor cores: `attention_tile` for NVIDIA's GPUs and float16.
+"""Attention of tiles of tokens on tensor cores: `attention_tile` for NVIDIA's GPUs and pages of
+float16.
 
 A block is for some tokens of one sequence and a KV head; each of its warps has rows of queries of
 its own, in registers, as scores, weights and results are. Only keys and values, block by block, are
@@ -65,7 +66,10 @@ class WarpGrid:
 
 def fits_tensor_cores(shape: AttentionShape, dtype: str, cores: TensorCores) -> bool:
     """Return whether this schedule can be taken for a shape."""
-    if not dtype == shape.kv_dtype == "float16" or shape.head_dim > cores.max_head_dim:
+    # Queries in bfloat16 lose nothing as float16, unless they are out of all proportion.
+    if shape.kv_dtype != "float16" or dtype not in ("float16", "bfloat16"):
+        return False
+    if shape.head_dim > cores.max_head_dim:
         return False
     grid = warp_grid(shape, cores)
     return (
@@ -83,7 +87,9 @@ def warp_grid(shape: AttentionShape, cores: TensorCores) -> WarpGrid:
     return WarpGrid(keys, -(-shape.group // head_blocks), head_blocks, shape.head_dim + _VECTOR)
 
 
-def tensor_steps(shape: AttentionShape, sink_dtype: str | None, cores: TensorCores) -> Any:
+def tensor_steps(
+    shape: AttentionShape, dtype: str, sink_dtype: str | None, cores: TensorCores
+) -> Any:
     """Return a macro that launches the kernel: attend(q, pages, query_start, page_table, positions,
     sink_logits, out, n, batch).
     """
@@ -211,9 +217,10 @@ def tensor_steps(shape: AttentionShape, sink_dtype: str | None, cores: TensorCor
                             total[i] = T.float32(0)
                             for d in T.unroll(2 * deep):
                                 for v in T.vectorized(2):
-                                    queries[(d * 2 + i) * 2 + v] = q[
-                                        token, head, d * 8 + lane % 4 * 2 + v
-                                    ]
+                                    queries[(d * 2 + i) * 2 + v] = T.Cast(
+                                        "float16",
+                                        T.Cast("float32", q[token, head, d * 8 + lane % 4 * 2 + v]),
+                                    )
                         for i in T.unroll(2 * deep * SUM):
                             acc[i] = T.float32(0)
                         copy(
@@ -327,6 +334,6 @@ def tensor_steps(shape: AttentionShape, sink_dtype: str | None, cores: TensorCor
                                         out[
                                             first + own_row // heads,
                                             own_head * head_dim + j * 8 + lane % 4 * 2 + v,
-                                        ] = T.Cast("float16", acc[j * SUM + i * 2 + v] * change[0])
+                                        ] = T.Cast(dtype, acc[j * SUM + i * 2 + v] * change[0])
 
     return attend

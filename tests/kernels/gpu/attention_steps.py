@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from mlc_llm.artifact import numpy_dtype
 from mlc_llm.kernels.cpu.attention_pages import AttentionShape
 
 PAGE = 16
@@ -37,7 +38,9 @@ class Step:
         positions = [np.arange(context - count, context) for context, count in work]
         self.positions = np.concatenate(positions).astype(np.int32)
         n = len(self.positions)
-        self.q = (2 * rng.standard_normal((n, shape.num_heads, shape.head_dim))).astype(dtype)
+        self.q = (2 * rng.standard_normal((n, shape.num_heads, shape.head_dim))).astype(
+            numpy_dtype(dtype)
+        )
 
     def tensors(self, max_parts: int, sink_logits: np.ndarray | None) -> dict[str, np.ndarray]:
         """Return what the kernel is given by the names of its arguments."""
@@ -51,7 +54,7 @@ class Step:
             "page_table": self.page_table,
             "positions": self.positions,
             "scratch": np.full(scratch, np.nan, np.float32),
-            "out": np.full((n, shape.num_heads * shape.head_dim), np.nan, self.dtype),
+            "out": np.full((n, shape.num_heads * shape.head_dim), np.nan, numpy_dtype(self.dtype)),
             **extra,
         }
 

@@ -19,6 +19,23 @@ typedef _Float16 half;
 struct half2 { half x, y; };
 struct alignas(8) half4 { half x, y, z, w; };
 struct float2 { float x, y; };
+// The upper half of a float, rounded to nearest, ties to even.
+struct nv_bfloat16 {
+  uint16_t bits;
+  nv_bfloat16() = default;
+  nv_bfloat16(float value) {
+    uint32_t all;
+    memcpy(&all, &value, 4);
+    bits = (all + 0x7fff + (all >> 16 & 1)) >> 16;
+  }
+  operator float() const {
+    uint32_t all = (uint32_t)bits << 16;
+    float value;
+    memcpy(&value, &all, 4);
+    return value;
+  }
+};
+struct nv_bfloat162 { nv_bfloat16 x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
 struct alignas(8) uint2 { unsigned x, y; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
@@ -173,6 +190,18 @@ static void ldmatrix_sync_aligned_m8n8_x4_trans_shared_b16(
     unsigned& a, unsigned& b, unsigned& c, unsigned& d, unsigned row) {
   unsigned* to[] = {&a, &b, &c, &d};
   load_matrices(to, row, true);
+}
+
+static void sub_rn_f16x2(unsigned& d, unsigned a, unsigned b) {
+  Word result;
+  for (int i = 0; i < 2; ++i) result.pair[i] = bits_of(a).pair[i] - bits_of(b).pair[i];
+  d = result.bits;
+}
+
+static void mul_rn_f16x2(unsigned& d, unsigned a, unsigned b) {
+  Word result;
+  for (int i = 0; i < 2; ++i) result.pair[i] = bits_of(a).pair[i] * bits_of(b).pair[i];
+  d = result.bits;
 }
 
 // Sums of products of a row of A (16 x columns) and a column of B, added in float.

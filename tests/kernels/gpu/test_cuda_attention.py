@@ -37,8 +37,10 @@ SHAPES = {
 REGISTERS, SHARED_BYTES = 65536 // 2, {"sm_75": 32 << 10, "sm_80": 49152, "sm_90": 49152}
 
 
-def kernel_of(shape: AttentionShape, architecture: str, sink_dtype: str | None = None) -> Any:
-    return paged_attention(shape, "float16", sink_dtype, LIMITS, tensor_cores(architecture))
+def kernel_of(
+    shape: AttentionShape, architecture: str, dtype: str = "float16", sink_dtype: str | None = None
+) -> Any:
+    return paged_attention(shape, dtype, sink_dtype, LIMITS, tensor_cores(architecture))
 
 
 def attend(
@@ -46,17 +48,20 @@ def attend(
 ) -> np.ndarray:
     """Return what the kernel for an architecture makes of a step, (n, heads, head_dim)."""
     sink_dtype = None if sink_logits is None else str(sink_logits.dtype)
-    kernel = kernel_of(step.shape, architecture, sink_dtype)
+    kernel = kernel_of(step.shape, architecture, step.dtype, sink_dtype)
     tensors = step.tensors(LIMITS.max_parts, sink_logits)
     found = run(kernel, architecture, directory, **tensors)["out"]
     return found.reshape(step.q.shape)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_attention(shape, tmp_path) -> None:
-    step = Step(SHAPES[shape], RAGGED, "float16")
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [*((name, "float16") for name in SHAPES), ("chunks", "bfloat16")]
+)
+def test_attention(shape, dtype, tmp_path) -> None:
+    step = Step(SHAPES[shape], RAGGED, dtype)
     found = attend(step, tmp_path, "sm_80").astype(np.float64)
-    np.testing.assert_allclose(found, step.expected(), atol=TOLERANCE, rtol=TOLERANCE)
+    tolerance = TOLERANCE if dtype == "float16" else 2 * TOLERANCE
+    np.testing.assert_allclose(found, step.expected(), atol=tolerance, rtol=tolerance)
 
 
 def test_older_instructions_and_sink_logits(tmp_path) -> None:
@@ -108,13 +113,14 @@ def test_machine_code_multiplies_on_tensor_cores(architecture, shape) -> None:
 
 
 @pytest.mark.parametrize(
-    ("architecture", "shape"),
+    ("architecture", "shape", "dtype"),
     [
-        ("sm_70", GQA),
-        ("sm_80", dataclasses.replace(GQA, head_dim=24)),
-        ("sm_80", dataclasses.replace(GQA, kv_dtype="float32")),
-        ("sm_75", dataclasses.replace(GQA, head_dim=160)),
+        ("sm_70", GQA, "float16"),
+        ("sm_80", dataclasses.replace(GQA, head_dim=24), "float16"),
+        ("sm_80", dataclasses.replace(GQA, kv_dtype="float32"), "float16"),
+        ("sm_80", GQA, "float32"),
+        ("sm_75", dataclasses.replace(GQA, head_dim=160), "float16"),
     ],
 )
-def test_others_do_without(architecture, shape) -> None:
-    assert "mma" not in translate(kernel_of(shape, architecture), architecture)[0]
+def test_others_do_without(architecture, shape, dtype) -> None:
+    assert "mma" not in translate(kernel_of(shape, architecture, dtype), architecture)[0]
