@@ -38,6 +38,14 @@ class CacheEntries:
                 "it is not the usual decoder of attention and feed-forward layers, and GPU "
                 "libraries are made of those only yet"
             )
+        config, layout = model.config, model.kv_layout()
+        if (config.num_key_value_heads, config.head_dim) != (
+            layout.num_key_value_heads,
+            layout.head_dim,
+        ):
+            raise UnsupportedModel(
+                "its attention is latent, which libraries for others do not hold"
+            )
         if model.image_inputs is not None:
             raise UnsupportedModel("it takes images, and libraries for others take text only")
         if model.state_specs():

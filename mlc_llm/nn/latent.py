@@ -7,12 +7,15 @@ from tvm.relax.frontend import nn
 from mlc_llm.kernels.cpu import latent as latent_kernels
 from mlc_llm.kernels.cpu.attention import AttentionShape
 from mlc_llm.kernels.cpu.latent import LatentShape
+from mlc_llm.nn import gpu_latent, gpu_ops
+from mlc_llm.nn.kernel_call import on_gpu
 from mlc_llm.nn.kv import PagedKV
 from mlc_llm.nn.linear import Linear
 from mlc_llm.nn.norm import RMSNorm
-from mlc_llm.nn.ops import Rows, emit, kernel_of
+from mlc_llm.nn.ops import Rows, emit, kernel_of, materialize
 
 
+@on_gpu(gpu_latent.head_linear)
 def _head_linear(x: nn.Tensor, weight: nn.Tensor, stride: int, offset: int) -> nn.Tensor:
     heads, out_features, in_features = (int(extent) for extent in weight.shape)
     kernel = kernel_of(
@@ -20,6 +23,21 @@ def _head_linear(x: nn.Tensor, weight: nn.Tensor, stride: int, offset: int) -> n
         *(heads, out_features, in_features, stride, offset, weight.dtype),
     )
     return emit("head_linear", kernel, [x, weight], [x.shape[0], heads * out_features])
+
+
+@on_gpu(gpu_ops.columns)
+def _columns(x: nn.Tensor, start: int, count: int) -> nn.Tensor:
+    kernel = kernel_of(latent_kernels.take_columns, int(x.shape[1]), start, count)
+    return emit("take_columns", kernel, [x], [x.shape[0], count])
+
+
+@on_gpu(gpu_latent.join_latent)
+def _join_latent(
+    shape: LatentShape, q: nn.Tensor, latent_q: nn.Tensor, latent: nn.Tensor, kv_a: nn.Tensor
+) -> nn.Tensor:
+    kernel = kernel_of(latent_kernels.join_latent, shape)
+    joined = [q.shape[0], (shape.num_heads + 2) * shape.head_dim]
+    return emit("join_latent", kernel, [q, latent_q, latent, kv_a], joined)
 
 
 class LatentAttention(nn.Module):
@@ -62,16 +80,8 @@ class LatentAttention(nn.Module):
         else:
             q = self.q_proj(x)
         compressed = self.kv_a_proj_with_mqa(x)
-        n, width = compressed.shape[0], shape.rank + shape.rope_dim
-        kernel = kernel_of(latent_kernels.take_columns, width, 0, shape.rank)
-        latent = emit("take_columns", kernel, [compressed], [n, shape.rank])
-        latent = self.kv_a_layernorm(latent).materialize()
+        latent = materialize(self.kv_a_layernorm(_columns(compressed, 0, shape.rank)))
         latent_q = _head_linear(q, self.w_uk, shape.query_dim, 0)
-        joined = emit(
-            "join_latent",
-            kernel_of(latent_kernels.join_latent, shape),
-            [q, latent_q, latent, compressed],
-            [n, (shape.num_heads + 2) * shape.head_dim],
-        )
+        joined = _join_latent(shape, q, latent_q, latent, compressed)
         attended = kv.attend(layer, joined, self.attention)
         return self.o_proj(_head_linear(attended, self.w_uv, shape.head_dim, shape.rope_dim))

@@ -192,6 +192,7 @@ def test_settings_without_effect_are_refused(opt) -> None:
     ("model", "quantization", "message"),
     [
         ("gpt_oss", "q4f16_1", "gpt_oss for webgpu: its attention has scores that sink"),
+        ("deepseek_v2", "q4f16_1", "deepseek_v2 for webgpu: its attention is latent"),
         ("gemma2", "q4f16_1", "gemma2 for webgpu: its attention has soft-capped scores"),
         ("gpt2", "q4f16_1", "gpt2 for webgpu: it is not the usual decoder"),
         ("qwen3_5", "q4f16_1", "qwen3_5_text for webgpu: it has recurrent state"),

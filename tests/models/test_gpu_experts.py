@@ -1,4 +1,4 @@
-"""Mixtures of experts on a GPU: what transformers computed, and what a CPU computes."""
+"""Mixtures of experts, and latent attention, on a GPU: what transformers, or a CPU, computed."""
 
 from __future__ import annotations
 
@@ -17,35 +17,43 @@ from mlc_llm.runtime.runner import ModelRunner
 pytestmark = pytest.mark.cpu
 
 # Tokens of a step in parts: experts get pairs in tiles, or one by one.
-PARTS = [(40,), (7, 2, 30, 1)]
+PARTS = (7, 2, 30, 1)
 
 
 def logits_of(runner: ModelRunner, tokens: list[int], parts: tuple[int, ...]) -> np.ndarray:
-    """Return logits of all tokens, `parts` of them a step, the rest in the last one."""
+    """Return logits of all tokens, `parts` of them a step."""
+    assert sum(parts) == len(tokens)
     sequence = PagedSequence(PagePool(NUM_PAGES, PAGE_SIZE))
-    ends = [*np.cumsum(parts)[:-1], len(tokens)]
-    starts = [0, *ends[:-1]]
+    ends = np.cumsum(parts)
     found = [
-        run_step(runner, [(sequence, tokens[a:b])])[0] for a, b in zip(starts, ends, strict=True)
+        run_step(runner, [(sequence, tokens[end - count : end])])[0]
+        for end, count in zip(ends, parts, strict=True)
     ]
     return np.concatenate(found)
 
 
-# Shared experts; biases and bounds; sigmoids, weights before the product, and one expert a token.
-@pytest.mark.parametrize("name", ["qwen2_moe", "gpt_oss", "llama4_text"])
-def test_logits_equal_the_reference(tiny_models: TinyModels, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("gpt_oss", (9, 2, 30)),  # with biases and bounds
+        ("deepseek_v2", PARTS),  # latent attention, groups of experts, shared ones
+    ],
+)
+def test_logits_equal_the_reference(
+    tiny_models: TinyModels, name: str, parts: tuple[int, ...]
+) -> None:
     reference = get_case(name).load()
     tokens = reference.token_ids.tolist()
     with closing(tiny_models.gpu_runner(name, "q0f32", find_gpu())) as runner:
-        for parts in PARTS:
-            assert relative_error(logits_of(runner, tokens, parts), reference.logits) < 1e-4
+        for tried in ((len(tokens),), parts):
+            assert relative_error(logits_of(runner, tokens, tried), reference.logits) < 1e-4
 
 
 def test_quantized_is_what_a_cpu_computes(tiny_models: TinyModels) -> None:
     tokens = get_case("mixtral").load().token_ids.tolist()
     expected = logits_of(tiny_models.runner("mixtral", "q4f32_1"), tokens, (len(tokens),))
     with closing(tiny_models.gpu_runner("mixtral", "q4f32_1", find_gpu())) as runner:
-        for parts in (*PARTS, (1,) * len(tokens)):
+        for parts in ((len(tokens),), PARTS, (1,) * len(tokens)):
             assert relative_error(logits_of(runner, tokens, parts), expected) < 1e-4
         # Tokens of others beside them change nothing.
         pool = PagePool(NUM_PAGES, PAGE_SIZE)

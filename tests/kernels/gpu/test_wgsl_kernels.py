@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from mlc_llm.kernels.cpu.group_format import GroupFormat
+from mlc_llm.kernels.cpu.query_scale import QueryScale
 from mlc_llm.kernels.gpu import linear, rope, rows, sampling, sorting
 from mlc_llm.quantization.apply import group_format
 from mlc_llm.quantization.encoded import GroupCodes
@@ -105,6 +106,23 @@ def test_gated(webgpu, dtype, is_gate_first) -> None:
     check(webgpu, rows.gated(None, 64, "silu", is_gate_first, dtype), expected, x0=x)
 
 
+def test_bounded_gate_and_up(webgpu, dtype) -> None:
+    x = 4 * normal((5, 128), dtype)
+    gate, up = np.split(x.astype(np.float64), 2, axis=1)
+    gate, up = np.minimum(gate, 2.5), np.clip(up, -2.5, 2.5)
+    expected = gate / (1 + np.exp(-1.3 * gate)) * (up + 1)
+    check(webgpu, rows.bounded_swiglu(None, 64, 1.3, 2.5, dtype), expected.astype(dtype), x0=x)
+
+
+def test_queries_grow_with_positions(webgpu, dtype) -> None:
+    x, positions = normal((5, 64), dtype), np.array([0, 7, 8, 63, 8191], np.int32)
+    factor = 1 + 0.5 * np.log(1 + (positions + 1) // 8)
+    expected = x.astype(np.float64)
+    expected[:, :40] *= factor[:, None]
+    kernel = rows.scale_queries(None, 64, 40, QueryScale(0.5, 8, 1), dtype)
+    check(webgpu, kernel, expected.astype(dtype), x=x, positions=positions)
+
+
 def test_rows_item_by_item(webgpu, dtype) -> None:
     x, y = normal((5, 64), dtype), normal((5, 64), dtype, 1)
     wide = x.astype(np.float64)
@@ -160,6 +178,10 @@ def test_rotation(webgpu, dtype, is_interleaved, rotary_dim) -> None:
         expected.astype(np.float64),
         atol=1e-3 if dtype == "float32" else 8e-3,
     )
+    table = np.concatenate([cos[:, 0], sin[:, 0]], axis=1).astype(np.float32)
+    heads = (turned, kept, head_dim)
+    kernel = rope.rotate_by_table(None, heads, rotary_dim, is_interleaved, dtype)
+    check(webgpu, kernel, expected, x=x, table=table)
 
 
 @pytest.mark.parametrize("n", [1, 5, 70])
