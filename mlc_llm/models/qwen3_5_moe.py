@@ -20,9 +20,14 @@ from mlc_llm.models.qwen3_5 import HybridLM, Qwen35Config, attention, decoder_la
 
 @dataclass(frozen=True)
 class Qwen35MoeConfig(Qwen35Config, Qwen2MoeConfig):
-    """The fields of both; weights of experts sum to 1, where nothing else is said."""
+    """The fields of both; weights of experts sum to 1, where nothing else is said.
+
+    has_split_qkvz: whether q, k and v lie apart from z in linear attention of Qwen3-Next's
+    checkpoints, as in GGUF files.
+    """
 
     layer_types: list[str] = dataclasses.field(default_factory=list)
+    has_split_qkvz: bool = False
 
     @classmethod
     def huggingface_fields(cls, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -30,7 +35,8 @@ class Qwen35MoeConfig(Qwen35Config, Qwen2MoeConfig):
         # All layers may have experts, and then nothing is said of others.
         usual = {"norm_topk_prob": True, "intermediate_size": config.get("moe_intermediate_size")}
         given = {name: value for name, value in config.items() if value is not None}
-        return super().huggingface_fields({**usual, **given})
+        fields = super().huggingface_fields({**usual, **given})
+        return {**fields, "has_split_qkvz": bool(config.get("has_split_qkvz", False))}
 
 
 def build(config: Qwen35MoeConfig, dtype: str) -> CausalLM:
@@ -73,7 +79,7 @@ def _next_rule(config: Qwen35MoeConfig, parameter: str) -> ParamRule:
         "in_proj_a": ("in_proj_ba", ba, (1,)),
     }
     path, _, module = parameter.removesuffix(".weight").rpartition(".")
-    if module not in rows:
+    if module not in rows or (config.has_split_qkvz and module in ("in_proj_qkv", "in_proj_z")):
         return _rule_for(config, parameter)
     stored, sizes, taken = rows[module]
     return ParamRule((f"{path}.{stored}.weight",), _take_rows(sizes, taken, num_groups))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from mlc_llm.weights.gguf_bert import BERT
 from mlc_llm.weights.gguf_deepseek import DEEPSEEK2
-from mlc_llm.weights.gguf_hybrid import QWEN35
+from mlc_llm.weights.gguf_hybrid import QWEN3NEXT, QWEN35, QWEN35MOE
 from mlc_llm.weights.gguf_later import LATER
 from mlc_llm.weights.gguf_llama4 import LLAMA4
 from mlc_llm.weights.gguf_parts import (
@@ -83,7 +83,9 @@ ARCHITECTURES = {
         numbers=EXPERTS,
         constants={"decoder_sparse_step": 1, "norm_topk_prob": True},
     ),
+    "qwen3next": QWEN3NEXT,
     "qwen35": QWEN35,
+    "qwen35moe": QWEN35MOE,
     "gemma": Architecture(
         "gemma",
         "GemmaForCausalLM",

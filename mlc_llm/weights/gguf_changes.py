@@ -128,12 +128,21 @@ def _has_whole_groups(config: Config) -> bool:
 
 def _to_decay_log(values: Array, config: Config, name: str) -> Array:
     """Return what -exp() was taken of."""
+    del config, name
     with np.errstate(all="ignore"):  # quantizing finds what is no number
-        logs = np.log(-values.astype(np.float64)).astype(np.float32)
-    return _group_heads(logs, config, name)
+        logs: Array = np.log(-values.astype(np.float64)).astype(np.float32)
+    return logs
 
 
-def _to_convolution(values: Array, config: Config, name: str) -> Array:
+def _to_grouped_decay_log(values: Array, config: Config, name: str) -> Array:
+    return _group_heads(_to_decay_log(values, config, name), config, name)
+
+
+def _convolution_shape(shape: Shape) -> Shape:
+    return (shape[0], 1, *shape[1:])
+
+
+def _to_grouped_convolution(values: Array, config: Config, name: str) -> Array:
     return _group_last_heads(values, config, name)[:, None]
 
 
@@ -148,6 +157,8 @@ INVERSES: dict[Change, Inverse] = {
     "tiled_rows": Inverse(_group_heads, keeps_codes=_always),
     "tiled_last_rows": Inverse(_group_last_heads, keeps_codes=_always),
     "tiled_columns": Inverse(_group_columns, keeps_codes=_has_whole_groups),
-    "tiled_decay": Inverse(_to_decay_log),
-    "tiled_convolution": Inverse(_to_convolution, lambda shape: (shape[0], 1, *shape[1:])),
+    "decay": Inverse(_to_decay_log),
+    "convolution": _reshape(_convolution_shape),
+    "tiled_decay": Inverse(_to_grouped_decay_log),
+    "tiled_convolution": Inverse(_to_grouped_convolution, _convolution_shape),
 }

@@ -23,7 +23,7 @@ _ROPE_FACTORS = "rope_freqs.weight"
 _LONG_FACTORS, _SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.weight"
 MAX_EXPERTS = 4096
 # Families whose heads have a size of their own where nothing is said.
-_WITH_HEAD_DIM = ("gemma", "glm4", "qwen3")
+_WITH_HEAD_DIM = ("ernie4_5", "gemma", "glm4", "qwen3", "seed_oss")
 _BAICHUAN_13B_LAYERS = 40
 # Layers of the models whose attention is scaled by hidden size / heads, not by the size of a head.
 _GEMMA_27B_LAYERS = {"gemma2": 46, "gemma3_text": 62}
@@ -74,11 +74,13 @@ def build_config(file: GGUFFile, name: str, architecture: Architecture) -> dict[
         reader.refuse_unless("expert_count", 0, "experts")
     elif not 0 < reader.count("expert_count") <= MAX_EXPERTS:
         raise CorruptFile(f"{file.path} claims {reader.count('expert_count'):,} experts")
+    # Where all layers have experts, nothing may be said of others.
+    dense_width = reader.count("expert_feed_forward_length", 0) if has_experts else None
     model_type = architecture.model_type
     common: dict[str, Any] = {
         "hidden_act": "silu",
         "hidden_size": hidden_size,
-        "intermediate_size": reader.count("feed_forward_length"),
+        "intermediate_size": reader.count("feed_forward_length", dense_width),
         "max_position_embeddings": reader.count("context_length"),
         "num_attention_heads": num_heads,
         "num_hidden_layers": reader.num_layers(),

@@ -1,4 +1,4 @@
-"""Qwen3.5 in GGUF files: layers of linear attention among layers of full attention."""
+"""Qwen3.5 and Qwen3-Next in GGUF files: linear attention among layers of full attention."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ from mlc_llm.errors import CorruptFile
 from mlc_llm.weights.gguf_file import GGUFFile
 from mlc_llm.weights.gguf_parts import (
     BLOCK,
+    EXPERTS,
     HEAD_NORMS,
     LLAMA,
+    QWEN_EXPERTS,
+    SHARED_EXPERT,
+    WITHOUT_FFN,
     Architecture,
     Change,
     Number,
@@ -31,7 +35,9 @@ DECAYS = {
     "blk.{layer}.ssm_a": _LINEAR + "A_log",
     "blk.{layer}.ssm_dt.bias": _LINEAR + "dt_bias",
 }
-# Value heads lie in another order, and 1 was added to all norms but that of linear attention.
+# 1 was added to all norms but that of linear attention.
+_NORM_CHANGES = plus_one("output_norm", "blk.{layer}.attn_norm", _POST_NORM, *HEAD_NORMS)
+# Value heads lie in another order.
 CHANGES: dict[str, Change] = {
     "blk.{layer}.attn_qkv": "tiled_last_rows",
     "blk.{layer}.attn_gate": "tiled_rows",
@@ -41,7 +47,7 @@ CHANGES: dict[str, Change] = {
     "blk.{layer}.ssm_out": "tiled_columns",
     "blk.{layer}.ssm_a": "tiled_decay",
     "blk.{layer}.ssm_dt.bias": "tiled_rows",
-    **plus_one("output_norm", "blk.{layer}.attn_norm", _POST_NORM, *HEAD_NORMS),
+    **_NORM_CHANGES,
 }
 NUMBERS: dict[str, Number] = {
     "linear_conv_kernel_dim": ("ssm.conv_kernel", "count", None),
@@ -74,18 +80,65 @@ def finish_hybrid(file: GGUFFile, config: dict[str, Any]) -> None:
     config["attention_bias"] = any(name.endswith(".attn_q.bias") for name in file.tensors)
 
 
+def _finish_next(file: GGUFFile, config: dict[str, Any]) -> None:
+    """Also say whether inputs of linear attention are apart, as newer converters leave them."""
+    finish_hybrid(file, config)
+    config["has_split_qkvz"] = any(name.endswith(".attn_gate.weight") for name in file.tensors)
+
+
+_BOTH = {**HEAD_NORMS, **LINEAR_ATTENTION, _POST_NORM: BLOCK + "post_attention_layernorm"}
+_MOE = {
+    **{name: other for name, other in WITHOUT_FFN.items() if not name.endswith("ffn_norm")},
+    **_BOTH,
+    **QWEN_EXPERTS,
+    **SHARED_EXPERT,
+}
+_MOE_NUMBERS: dict[str, Number] = {
+    **NUMBERS,
+    **EXPERTS,
+    "shared_expert_intermediate_size": ("expert_shared_feed_forward_length", "count", None),
+}
+_SHARED_GATE: dict[str, Change] = {"blk.{layer}.ffn_gate_inp_shexp": "flat"}
+_MOE_CONSTANTS = {"decoder_sparse_step": 1, "norm_topk_prob": True}
 QWEN35 = Architecture(
     "qwen3_5_text",
     "Qwen3_5ForCausalLM",
-    {
-        **{name: other for name, other in LLAMA.items() if not name.endswith("ffn_norm")},
-        **HEAD_NORMS,
-        **LINEAR_ATTENTION,
-        _POST_NORM: BLOCK + "post_attention_layernorm",
-    },
+    {**{name: other for name, other in LLAMA.items() if not name.endswith("ffn_norm")}, **_BOTH},
     CHANGES,
     exact=DECAYS,
     numbers=NUMBERS,
     has_partial_rotary=True,
     finish=finish_hybrid,
+)
+QWEN35MOE = Architecture(
+    "qwen3_5_moe_text",
+    "Qwen3_5MoeForCausalLM",
+    _MOE,
+    {**CHANGES, **_SHARED_GATE},
+    exact=DECAYS,
+    numbers=_MOE_NUMBERS,
+    constants=_MOE_CONSTANTS,
+    has_partial_rotary=True,
+    finish=finish_hybrid,
+)
+# Value heads lie as on Hugging Face.
+QWEN3NEXT = Architecture(
+    "qwen3_next",
+    "Qwen3NextForCausalLM",
+    {
+        **{name: other for name, other in _MOE.items() if not name.endswith(("beta", "alpha"))},
+        "blk.{layer}.ssm_in": _LINEAR + "in_proj_qkvz",
+        "blk.{layer}.ssm_ba": _LINEAR + "in_proj_ba",
+    },
+    {
+        **_NORM_CHANGES,
+        **_SHARED_GATE,
+        "blk.{layer}.ssm_a": "decay",
+        "blk.{layer}.ssm_conv1d": "convolution",
+    },
+    exact=DECAYS,
+    numbers=_MOE_NUMBERS,
+    constants=_MOE_CONSTANTS,
+    has_partial_rotary=True,
+    finish=_finish_next,
 )

@@ -11,6 +11,8 @@ from mlc_llm.weights.gguf_parts import (
     ATTENTION,
     BLOCK,
     COMMAND_R,
+    DEEPSEEK_EXPERTS,
+    DEEPSEEK_NUMBERS,
     ENDS,
     GATED,
     HALVES,
@@ -67,6 +69,19 @@ def _finish_granite_moe(file: GGUFFile, config: dict[str, Any]) -> None:
         config["architectures"] = ["GraniteMoeSharedForCausalLM"]
 
 
+def _finish_seed(file: GGUFFile, config: dict[str, Any]) -> None:
+    config["attention_out_bias"] = "blk.0.attn_output.bias" in file.tensors
+
+
+def _finish_glm_moe(file: GGUFFile, config: dict[str, Any]) -> None:
+    config["use_qk_norm"] = "blk.0.attn_q_norm.weight" in file.tensors
+
+
+# The norm between attention and feed-forward under another name.
+_POST_NORM = "blk.{layer}.post_attention_norm"
+_RENAMED_NORM = {
+    _POST_NORM if name.endswith("ffn_norm") else name: other for name, other in WITHOUT_FFN.items()
+}
 _OLMO = {**ENDS, **ATTENTION, **HEAD_NORMS, **POST_NORMS, **GATED}
 _GRANITE: dict[str, Number] = {
     "attention_multiplier": ("attention.scale", "real", None),
@@ -133,6 +148,31 @@ LATER = {
             "blk.{layer}.ffn_down": BLOCK + "mlp.down_proj",
         },
         has_partial_rotary=True,
+    ),
+    "glm4moe": Architecture(
+        "glm4_moe",
+        "Glm4MoeForCausalLM",
+        {**_RENAMED_NORM, **HEAD_NORMS, **GATED, **DEEPSEEK_EXPERTS},
+        exact={"blk.{layer}.exp_probs_b.bias": BLOCK + "mlp.gate.e_score_correction_bias"},
+        numbers={
+            **DEEPSEEK_NUMBERS,
+            "n_group": ("expert_group_count", "count", 1),
+            "topk_group": ("expert_group_used_count", "count", 1),
+            "norm_topk_prob": ("expert_weights_norm", "flag", True),
+        },
+        has_partial_rotary=True,
+        finish=_finish_glm_moe,
+    ),
+    "seed_oss": Architecture(
+        "seed_oss", "SeedOssForCausalLM", {**_RENAMED_NORM, **GATED}, finish=_finish_seed
+    ),
+    "ernie4_5": Architecture("ernie4_5", "Ernie4_5ForCausalLM", LLAMA),
+    "arcee": Architecture(
+        "arcee",
+        "ArceeForCausalLM",
+        {name: other for name, other in LLAMA.items() if not name.endswith("ffn_gate")},
+        HALVES,
+        constants={"hidden_act": "relu2"},
     ),
 }
 # OLMo 3 is stored as olmo2, and told apart by its window.

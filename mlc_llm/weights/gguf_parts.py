@@ -13,8 +13,9 @@ from mlc_llm.weights.gguf_file import GGUFFile
 # qkv_groups: q, k and v of all heads were sorted apart. plus_one: 1 was added to weights.
 # transposed: inputs and outputs are exchanged. flat, flat_row: an extent of 1 was dropped in front,
 # or all of them but the last.
+# decay: -exp() was taken. convolution: an extent of 1 was dropped in the middle.
 # tiled_...: value heads of linear attention are in another order, by rows, by the last of the rows
-# or by columns; of the logarithm of decays -exp() was taken, too; a convolution lost an extent.
+# or by columns, or besides one of the two before.
 Change = Literal[
     "q_halves",
     "k_halves",
@@ -23,6 +24,8 @@ Change = Literal[
     "transposed",
     "flat",
     "flat_row",
+    "decay",
+    "convolution",
     "tiled_rows",
     "tiled_last_rows",
     "tiled_columns",

@@ -52,7 +52,7 @@ def metadata_of(config, architecture):
         "feed_forward_length": first(
             config, "intermediate_size_mlp", "intermediate_size", "n_inner", "ffn_hidden_size"
         )
-        or 4 * hidden,
+        or (None if config.get("moe_intermediate_size") else 4 * hidden),
         "attention.head_count": heads,
         "attention.head_count_kv": first(config, "num_key_value_heads", "multi_query_group_num")
         or heads,
@@ -79,7 +79,7 @@ def metadata_of(config, architecture):
         ]
     if config["model_type"] in ("cohere2", "exaone4", "olmo3"):
         values["attention.sliding_window_pattern"] = [kind != "full_attention" for kind in kinds]
-    if config["model_type"] in ("gpt_oss", "ministral3", "olmo3"):
+    if config["model_type"] in ("arcee", "gpt_oss", "ministral3", "olmo3"):
         values["rope.scaling.type"] = "yarn"
         values["rope.scaling.factor"] = rope["factor"]
         original = rope["original_max_position_embeddings"]
@@ -162,7 +162,7 @@ def split_parts(name, tensor, metadata):
         rows = tensor.reshape(heads, -1, tensor.shape[1])
         yield name.replace("kv_b", "k_b"), rows[:, :key_len].swapaxes(1, 2)
         yield name.replace("kv_b", "v_b"), rows[:, key_len:]
-    elif name.endswith("e_score_correction_bias"):
+    elif metadata.get("expert_gating_func") and name.endswith("e_score_correction_bias"):
         yield name.replace("_bias", ".bias"), tensor
     elif name.endswith("W_pack.weight"):
         for part, rows in zip("qkv", np.split(tensor, 3), strict=True):
@@ -260,7 +260,7 @@ def write_case(path, source):
     if "low_freq_factor" in rope:
         tensors["rope_freqs.weight"] = llama3_factors(rope, metadata["attention.key_length"])
     arch = ARCH_OF[config["architectures"][0]]
-    remove = ("attention.layer_norm_rms_epsilon", "rope.freq_base")
+    remove = ("attention.layer_norm_rms_epsilon", "feed_forward_length", "rope.freq_base")
     remove = tuple(key for key in remove if key not in metadata)
     return write_gguf(path, tensors, arch=arch, metadata=metadata, remove=remove)
 

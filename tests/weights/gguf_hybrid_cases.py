@@ -9,7 +9,9 @@ _LAST = ("in_proj_qkv.weight", "conv1d.weight")
 
 def hybrid_metadata(config):
     values = config["linear_num_value_heads"]
+    kinds = config.get("layer_types") or ["linear_attention"] * 3 + ["full_attention"]
     return {
+        "full_attention_interval": kinds.index("full_attention") + 1,
         "ssm.conv_kernel": config["linear_conv_kernel_dim"],
         "ssm.state_size": config["linear_key_head_dim"],
         "ssm.group_count": config["linear_num_key_heads"],
@@ -35,6 +37,30 @@ def store_hybrid(name, tensor, config):
     if name.endswith("out_proj.weight"):
         return np.ascontiguousarray(_tile(tensor.T, config).T)
     return tensor
+
+
+def store_next(name, tensor, config):
+    """Yield a tensor of Qwen3-Next as llama.cpp's newer converters have it, and its parts' names.
+
+    Rows of q, k, v and z lie by key heads, and are sorted apart.
+    """
+    if name.endswith("A_log"):
+        yield name, -np.exp(tensor)
+    elif name.endswith("conv1d.weight"):
+        yield name, tensor.squeeze(1)
+    elif name.endswith("in_proj_qkvz.weight"):
+        keys, size = config["linear_num_key_heads"], config["linear_key_head_dim"]
+        values = config["linear_num_value_heads"] // keys * config["linear_value_head_dim"]
+        parts = [[], [], [], []]
+        for group in np.split(tensor, keys):
+            for part, rows in zip(
+                parts, np.split(group, [size, 2 * size, 2 * size + values]), strict=True
+            ):
+                part.append(rows)
+        yield name.replace("qkvz", "qkv"), np.concatenate([*parts[0], *parts[1], *parts[2]])
+        yield name.replace("qkvz", "z"), np.concatenate(parts[3])
+    else:
+        yield name, tensor
 
 
 def _tile(rows, config):

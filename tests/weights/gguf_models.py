@@ -62,7 +62,9 @@ METADATA = {
 }
 WITHOUT_EXPERTS = {key: value for key, value in METADATA.items() if "expert" not in key}
 # With arithmetic or names of their own: tried with references, not with a table of shapes.
-OWN_ARITHMETIC = ("bert", "granitemoe", "llama4", "qwen35", "rwkv6")
+OWN_ARITHMETIC = (
+    *("bert", "granitemoe", "llama4", "qwen3next", "qwen35", "qwen35moe", "rwkv6", "glm4moe"),
+)
 _TABLES = {name: item for name, item in ARCHITECTURES.items() if name not in OWN_ARITHMETIC}
 CASES = {**_TABLES, "mixtral": MIXTRAL, "phi-msft": PHI_MSFT, "deepseek_v3": DEEPSEEK3}
 # Told apart by their content.

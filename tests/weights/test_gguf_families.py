@@ -21,8 +21,8 @@ _NOT_IN_GGUF = (
     *("deepseek_v2_greedy_yarn", "deepseek_v3_yarn"),
     # Not read from GGUF: experts of MiniCPM, norms of single heads of StableLM.
     *("minicpm_moe", "stablelm_parallel"),
-    # Written by test_gguf_rwkv.py.
-    "rwkv6",
+    # Written by test_gguf_rwkv.py and test_gguf_hybrid.py.
+    *("rwkv6", "qwen3_next"),
 )
 # Fields of some cases that GGUF has no place for; of real models they follow from the others.
 _UNSAID = {
