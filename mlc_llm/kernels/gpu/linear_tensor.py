@@ -82,8 +82,19 @@ def tensor_product(product: Product, grid: TensorGrid, cores: TensorCores) -> An
     scales = pieces.operands[1] if len(pieces.operands) > 1 else codes
     stride = outputs + _PADDING
 
-    def weight_at(j: Any, words: Any, factors: Any, s: Any) -> Any:
-        return pieces.weight(j, [words, factors][: len(pieces.operands)], s)
+    def bits(value: Any) -> Any:
+        return T.Cast("uint32", T.reinterpret("uint16", value))
+
+    def pair_at(j: Any, words: Any, factors: Any, s: Any) -> Any:
+        """Return the weights of the inputs j and j + 1, in the halves of a uint32."""
+        kept = [words, factors][: len(pieces.operands)]
+        first, second = pieces.code(j, kept, s), pieces.code(j + 1, kept, s)
+        if first is None or second is None:
+            low, high = (bits(pieces.weight(j + i, kept, s)) for i in range(2))
+            return low | (high << T.uint32(16))
+        codes = first.code | (second.code << T.uint32(16))
+        scales = bits(first.scale) | (bits(second.scale) << T.uint32(16))
+        return cores.weights(codes, T.uint32(first.zero * 0x10001), scales)
 
     @T.macro
     def load(
@@ -110,7 +121,8 @@ def tensor_product(product: Product, grid: TensorGrid, cores: TensorCores) -> An
                 factors = T.alloc_buffer(
                     (2 * matrices * scales.count,), scales.tensor.dtype, scope="local"
                 )
-                lefts = T.alloc_buffer((2 * matrices * LEFT,), "float16", scope="local")
+                # Two weights in each: a call of CUDA's makes both at once.
+                lefts = T.alloc_buffer((matrices * LEFT,), "uint32", scope="local")
                 rights = T.alloc_buffer((tiles * 2 * RIGHT,), "float16", scope="local")
                 sums = T.alloc_buffer((matrices * tiles * SUM,), "float32", scope="local")
                 shares = T.alloc_buffer((warps * _ROWS * stride,), "float32", scope="shared")
@@ -150,13 +162,12 @@ def tensor_product(product: Product, grid: TensorGrid, cores: TensorCores) -> An
                             for m in T.unroll(T.int64(matrices)):
                                 for q in T.unroll(T.int64(2)):
                                     for i in T.unroll(T.int64(LEFT // 2)):
-                                        for e in T.unroll(T.int64(2)):
-                                            lefts[(m * 2 + q) * LEFT + i * 2 + e] = weight_at(
-                                                part * _VECTOR + q * 4 + i // 2 * 2 + e,
-                                                words,
-                                                factors,
-                                                m * 2 + i % 2,
-                                            )
+                                        lefts[(m * 2 + q) * (LEFT // 2) + i] = pair_at(
+                                            part * _VECTOR + q * 4 + i // 2 * 2,
+                                            words,
+                                            factors,
+                                            m * 2 + i % 2,
+                                        )
                             for m in T.unroll(matrices):
                                 for t in T.unroll(tiles):
                                     for q in T.unroll(2):

@@ -18,6 +18,8 @@ from tvm import s_tir, tirx
 from tvm.ir.expr import TensorLoad
 
 _SIZES = {"float32": 4, "uint32": 4, "float16": 2, "bfloat16": 2}
+# Formats whose codes are bytes or shorter have what `Code` says.
+MAX_CODE = 256
 # What threads keep of a piece of weights: codes, and scales.
 _MOST_OPERANDS = 2
 
@@ -202,6 +204,15 @@ class Operand:
 
 
 @dataclass(frozen=True)
+class Code:
+    """A weight as float16: (code - zero) * scale. code: uint32, below MAX_CODE."""
+
+    code: Any
+    zero: int
+    scale: Any
+
+
+@dataclass(frozen=True)
 class Pieces:
     """Weights of one output, so many in a row at a time, and the items that are read for them."""
 
@@ -229,6 +240,25 @@ class Pieces:
 
         weight = analyzer.simplify(tvm_ffi.structural_map(value, (TensorLoad, known)))
         return _function([place], weight)(offset)
+
+    def code(self, offset: Any, kept: Sequence[Any], slot: Any) -> Code | None:
+        """Return what a weight is made of, None where it is more than a code and a scale.
+
+        A weight is the code less its zero, times the scale, rounded to float16.
+        """
+        weight = self.weight(offset, kept, slot)
+        if not isinstance(weight, tirx.Cast) or not isinstance(weight.value, tirx.Mul):
+            return None
+        steps, scale = weight.value.a, _without_cast(weight.value.b)
+        if not isinstance(steps, tirx.Sub) or not isinstance(steps.b, tirx.FloatImm):
+            return None
+        code, zero = _without_cast(steps.a), float(steps.b.value)
+        dtypes = [str(value.ty.dtype) for value in (code, scale, weight)]
+        if dtypes != ["uint32", "float16", "float16"] or _largest(code) >= MAX_CODE:
+            return None
+        if not zero.is_integer() or not 0 <= zero < MAX_CODE:
+            return None
+        return Code(code, int(zero), scale)
 
 
 def find_pieces(product: Product, length: int, load_bytes: int) -> Pieces | None:
@@ -289,6 +319,13 @@ def _factor(index: Any) -> int:
     """Return a number that divides an index always."""
     found = tvm.sym.Analyzer().modular_set(index)
     return math.gcd(int(found.coeff), int(found.base)) or 1 << 16
+
+
+def _largest(code: Any) -> int:
+    """Return a bound of a code, which may have its bits in two words."""
+    if isinstance(code, tirx.BitwiseOr):
+        return _largest(code.a) + _largest(code.b)
+    return int(tvm.sym.Analyzer().const_int_bound(code).max_value)
 
 
 def _difference(index: Any, start: Any) -> int | None:

@@ -78,6 +78,17 @@ _WAIT_FOR_NONE = """
 __device__ __forceinline__ void wait_for_copies() {
 }
 """
+# A code in the fraction of 1024 is 1024 + code, and so are its differences exact.
+_WEIGHTS = """
+__device__ __forceinline__ unsigned weights_of_codes(unsigned codes, unsigned zeros,
+                                                     unsigned scales) {
+  unsigned steps, weights;
+  codes |= 0x64006400u, zeros |= 0x64006400u;
+  asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(steps) : "r"(codes), "r"(zeros));
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(weights) : "r"(steps), "r"(scales));
+  return weights;
+}
+"""
 _QUAD = """
 __device__ __forceinline__ float {name}(float value) {{
   float other = __shfl_xor_sync(0xffffffffu, value, 1);
@@ -123,6 +134,14 @@ class TensorCores:
         """Add a product to a sum: of each an array, and where in it this thread's items begin."""
         places = sums.data, total, lefts.data, left, rights.data, right
         return _call("multiply_add", *places, source=self._multiply)
+
+    def weights(self, codes: Any, zeros: Any, scales: Any) -> Any:
+        """Return (code - zero) * scale of two of each, in the halves of a uint32.
+
+        Codes and zeros are whole numbers below 1024, scales are float16.
+        """
+        given = codes, zeros, scales
+        return _call("weights_of_codes", *given, source=_WEIGHTS, returned="uint32")
 
     def copy(self, shared: Any, place: Any, item: Any) -> Any:
         """Begin to copy 16 bytes, from an item on, to a place of an array in shared memory.

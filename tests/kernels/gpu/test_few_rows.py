@@ -8,9 +8,11 @@ from typing import Any
 import cuda_on_cpu
 import numpy as np
 import pytest
+from test_model_wgsl import run_on_cpu
 from wgsl import Launch, launches_of, translate
 
 from mlc_llm.compiler.cuda_code import assemble
+from mlc_llm.kernels.cpu.group_format import GroupFormat
 from mlc_llm.kernels.gpu import linear
 from mlc_llm.quantization.apply import group_format
 from mlc_llm.quantization.group import dequantize_group, quantize_group
@@ -82,6 +84,25 @@ def test_tensor_cores(tmp_path: Path, quantization: str, n: int, architecture: s
         stored = dequantize_group(words, scales, scheme, 320, transposed=False)
         expected = x.astype(np.float64) @ stored.T
     found = cuda_on_cpu.run(kernel, architecture, tmp_path, **tensors)["out"]
+    np.testing.assert_allclose(found, expected, atol=1e-3 * np.abs(expected).max(), rtol=0)
+
+
+@pytest.mark.parametrize(("bits", "group_size", "zero"), [(6, 16, 32), (5, 32, None)])
+def test_tensor_cores_take_codes_of_two_words(
+    tmp_path: Path, bits: int, group_size: int, zero: int | None
+) -> None:
+    rng, groups = np.random.default_rng(bits), 256 // group_size
+    form = GroupFormat(bits, group_size, "float16", False, zero, has_minimum=zero is None)
+    shapes = (40, groups * form.words_per_group), (40, groups * form.scales_per_group)
+    tensors = {
+        "x": rng.standard_normal((5, 256)).astype("f2"),
+        "words": rng.integers(0, 1 << 32, shapes[0], np.uint32),
+        "scales": rng.standard_normal(shapes[1]).astype("f2"),
+        "out": np.full((5, 40), np.nan, np.float16),
+    }
+    kernel = linear.group_matmul(None, 40, 256, form, "float16", False)
+    expected = run_on_cpu(kernel, tensors)["out"].astype(np.float64)
+    found = cuda_on_cpu.run(kernel, "sm_80", tmp_path, **tensors)["out"]
     np.testing.assert_allclose(found, expected, atol=1e-3 * np.abs(expected).max(), rtol=0)
 
 
