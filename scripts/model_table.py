@@ -28,6 +28,7 @@ REFERENCES = (
 # Families whose GGUF files have the architecture of another, and are told apart by their content.
 _STORED_AS = {
     "deepseek_v3": "deepseek2",
+    "glm": "chatglm",
     "granitemoeshared": "granitemoe",
     "mistral": "llama",
     "mixtral": "llama",

@@ -5,15 +5,16 @@ Knows what decoders have in common; what one architecture has is data of gguf_ar
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from mlc_llm.errors import CorruptFile, ParameterMismatch, UnsupportedModel
 from mlc_llm.weights.gguf_architectures import ARCHITECTURES, MIXTRAL, PHI_MSFT
-from mlc_llm.weights.gguf_deepseek import add_latent_fields, find_deepseek
+from mlc_llm.weights.gguf_deepseek import DEEPSEEK3, add_latent_fields, is_deepseek3
 from mlc_llm.weights.gguf_file import GGUFFile
-from mlc_llm.weights.gguf_later import OLMO3
+from mlc_llm.weights.gguf_later import GLM, OLMO3
 from mlc_llm.weights.gguf_metadata import MetadataReader
 from mlc_llm.weights.gguf_parts import Architecture
 from mlc_llm.weights.gguf_ranking import check_reranker
@@ -23,10 +24,20 @@ _ROPE_FACTORS = "rope_freqs.weight"
 _LONG_FACTORS, _SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.weight"
 MAX_EXPERTS = 4096
 # Families whose heads have a size of their own where nothing is said.
-_WITH_HEAD_DIM = ("ernie4_5", "gemma", "glm4", "qwen3", "seed_oss")
+_WITH_HEAD_DIM = ("ernie4_5", "gemma", "glm", "qwen3", "seed_oss")
 _BAICHUAN_13B_LAYERS = 40
 # Layers of the models whose attention is scaled by hidden size / heads, not by the size of a head.
 _GEMMA_27B_LAYERS = {"gemma2": 46, "gemma3_text": 62}
+
+
+# Architectures that are stored as another one, and how a file of theirs is known.
+_TOLD_APART: tuple[tuple[str, Callable[[GGUFFile], bool], Architecture], ...] = (
+    ("llama", lambda file: file.get("llama.expert_count", int, 0) > 0, MIXTRAL),
+    ("phi2", lambda file: "blk.0.attn_qkv.weight" in file.tensors, PHI_MSFT),
+    ("olmo2", lambda file: file.get("olmo2.attention.sliding_window", int, 0) > 0, OLMO3),
+    ("chatglm", lambda file: "blk.0.attn_q.weight" in file.tensors, GLM),
+    ("deepseek2", is_deepseek3, DEEPSEEK3),
+)
 
 
 def find_architecture(file: GGUFFile) -> tuple[str, Architecture]:
@@ -39,13 +50,10 @@ def find_architecture(file: GGUFFile) -> tuple[str, Architecture]:
             f"{file.path} has architecture {name!r:.60}, which is not supported; GGUF works for "
             f"{', '.join(sorted(ARCHITECTURES))}"
         )
-    if name == "llama" and file.get("llama.expert_count", int, 0):
-        return name, MIXTRAL
-    if name == "phi2" and "blk.0.attn_qkv.weight" in file.tensors:
-        return name, PHI_MSFT
-    if name == "olmo2" and file.get("olmo2.attention.sliding_window", int, 0):
-        return name, OLMO3
-    return name, find_deepseek(file) if name == "deepseek2" else ARCHITECTURES[name]
+    for stored_as, is_in, architecture in _TOLD_APART:
+        if stored_as == name and is_in(file):
+            return name, architecture
+    return name, ARCHITECTURES[name]
 
 
 def build_config(file: GGUFFile, name: str, architecture: Architecture) -> dict[str, Any]:

@@ -62,10 +62,9 @@ DEEPSEEK3 = dataclasses.replace(
 )
 
 
-def find_deepseek(file: GGUFFile) -> Architecture:
-    """Return which of both generations a file has: the later scores experts by a sigmoid."""
-    score = file.get("deepseek2.expert_gating_func", int, 0)
-    return DEEPSEEK3 if score == _SIGMOID else DEEPSEEK2
+def is_deepseek3(file: GGUFFile) -> bool:
+    """Return whether a file has the later of both generations: it scores experts by a sigmoid."""
+    return bool(file.get("deepseek2.expert_gating_func", int, 0) == _SIGMOID)
 
 
 def add_latent_fields(file: GGUFFile, config: dict[str, Any], key_len: int) -> None:

@@ -82,6 +82,13 @@ _POST_NORM = "blk.{layer}.post_attention_norm"
 _RENAMED_NORM = {
     _POST_NORM if name.endswith("ffn_norm") else name: other for name, other in WITHOUT_FFN.items()
 }
+_GLM = {
+    **ENDS,
+    **ATTENTION,
+    **NORMS,
+    "blk.{layer}.ffn_up": BLOCK + "mlp.gate_up_proj",
+    "blk.{layer}.ffn_down": BLOCK + "mlp.down_proj",
+}
 _OLMO = {**ENDS, **ATTENTION, **HEAD_NORMS, **POST_NORMS, **GATED}
 _GRANITE: dict[str, Number] = {
     "attention_multiplier": ("attention.scale", "real", None),
@@ -139,13 +146,9 @@ LATER = {
         "glm4",
         "Glm4ForCausalLM",
         {
-            **ENDS,
-            **ATTENTION,
-            **NORMS,
-            "blk.{layer}.post_attention_norm": BLOCK + "post_self_attn_layernorm",
+            **_GLM,
+            _POST_NORM: BLOCK + "post_self_attn_layernorm",
             "blk.{layer}.post_ffw_norm": BLOCK + "post_mlp_layernorm",
-            "blk.{layer}.ffn_up": BLOCK + "mlp.gate_up_proj",
-            "blk.{layer}.ffn_down": BLOCK + "mlp.down_proj",
         },
         has_partial_rotary=True,
     ),
@@ -184,3 +187,5 @@ OLMO3 = Architecture(
     with_window=True,
     finish=_finish_olmo3,
 )
+# GLM-4-9B as transformers has it is stored as chatglm, and told apart by q, k and v of its own.
+GLM = Architecture("glm", "GlmForCausalLM", _GLM, has_partial_rotary=True)

@@ -13,20 +13,21 @@ from mlc_llm.quantization.schemes import get_scheme
 from mlc_llm.weights.convert import convert
 from mlc_llm.weights.gguf_architectures import ARCHITECTURES, MIXTRAL
 from mlc_llm.weights.gguf_deepseek import DEEPSEEK3
-from mlc_llm.weights.gguf_later import OLMO3
+from mlc_llm.weights.gguf_later import GLM, OLMO3
 
 # Mistral and Mixtral are stored as llama.
 ARCH_OF = {architecture.class_name: name for name, architecture in ARCHITECTURES.items()}
 ARCH_OF |= {DEEPSEEK3.class_name: "deepseek2"}
+ARCH_OF |= {"GlmForCausalLM": "chatglm"}
 ARCH_OF |= {"Olmo3ForCausalLM": "olmo2", "GraniteMoeSharedForCausalLM": "granitemoe"}
 ARCH_OF |= {"MistralForCausalLM": "llama", "MixtralForCausalLM": "llama"}
 
 
 def architecture_of(config):
-    special = {"MixtralForCausalLM": MIXTRAL, "Olmo3ForCausalLM": OLMO3}
-    if config["architectures"][0] in special:
-        return special[config["architectures"][0]]
-    return ARCHITECTURES[ARCH_OF[config["architectures"][0]]]
+    told_apart = (GLM, MIXTRAL, OLMO3)
+    name = config["architectures"][0]
+    found = [architecture for architecture in told_apart if architecture.class_name == name]
+    return found[0] if found else ARCHITECTURES[ARCH_OF[name]]
 
 
 def first(config, *names):

@@ -6,6 +6,7 @@ from make_gguf import FFN, HEAD_DIM, HEADS, HIDDEN, KV_HEADS, VOCAB, interleave_
 
 from mlc_llm.weights.gguf_architectures import ARCHITECTURES, MIXTRAL, PHI_MSFT
 from mlc_llm.weights.gguf_deepseek import DEEPSEEK3
+from mlc_llm.weights.gguf_later import GLM, OLMO3
 
 EXPERTS, RANK = 3, 20
 Q, KV = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
@@ -66,9 +67,16 @@ OWN_ARITHMETIC = (
     *("bert", "granitemoe", "llama4", "qwen3next", "qwen35", "qwen35moe", "rwkv6", "glm4moe"),
 )
 _TABLES = {name: item for name, item in ARCHITECTURES.items() if name not in OWN_ARITHMETIC}
-CASES = {**_TABLES, "mixtral": MIXTRAL, "phi-msft": PHI_MSFT, "deepseek_v3": DEEPSEEK3}
 # Told apart by their content.
-STORED_AS = {"mixtral": "llama", "phi-msft": "phi2", "deepseek_v3": "deepseek2"}
+_TOLD_APART = {
+    "mixtral": ("llama", MIXTRAL),
+    "phi-msft": ("phi2", PHI_MSFT),
+    "deepseek_v3": ("deepseek2", DEEPSEEK3),
+    "glm": ("chatglm", GLM),
+    "olmo3": ("olmo2", OLMO3),
+}
+CASES = {**_TABLES, **{name: item for name, (_, item) in _TOLD_APART.items()}}
+STORED_AS = {name: stored for name, (stored, _) in _TOLD_APART.items()}
 # Heads of 24 values, 8 of them rotated, and of 16.
 LATENT = {
     "attention.kv_lora_rank": RANK,

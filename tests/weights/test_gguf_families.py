@@ -10,7 +10,7 @@ from mlc_llm.weights.gguf_architectures import ARCHITECTURES, MIXTRAL
 from mlc_llm.weights.open import open_source
 
 _MODEL_TYPES = {architecture.model_type for architecture in ARCHITECTURES.values()}
-_MODEL_TYPES |= {"mistral", "mixtral", "deepseek_v3", "olmo3", "granitemoeshared"}
+_MODEL_TYPES |= {"mistral", "mixtral", "deepseek_v3", "glm", "olmo3", "granitemoeshared"}
 # GGUF cannot say which layers have no experts, nor, as the converter writes it, that the keys of
 # GPT-BigCode have all heads. Sizes tell which Baichuan is of version 2 or has ALiBi: not these.
 # Of llama3 scaling it has the divisors, and these models too few of them to tell what made them.
