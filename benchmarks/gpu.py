@@ -73,6 +73,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--quantization", nargs="+", default=["q0f16", "q4f16_1"])
+    parser.add_argument("--opt", default="O2", help="as in 'O2;cudagraph=1'")
     parser.add_argument("--config", type=Path, help="config.json of another shape")
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32, 64])
@@ -150,7 +151,7 @@ def load(
         if arguments.config is None:
             config.write_text(json.dumps(shape(arguments.layers)))
         subject = Subject(
-            None, config, quantization, arguments.device, "O2", overrides, None, seed=0
+            None, config, quantization, arguments.device, arguments.opt, overrides, None, seed=0
         )
         loaded = load_subject(subject, workloads, NullProgress())
     return loaded, "the cache" if loaded.compile_s is None else f"{loaded.compile_s:.1f} s"
