@@ -46,6 +46,7 @@ _NAMES: dict[str, tuple[tuple[str, str], ...]] = {
     "seed_oss": (),
     "ernie4_5": (),
     "arcee": (),
+    "hunyuan_v1_dense": (),
     "glm4_moe": (("gate.e_score", "e_score"),),
 }
 MODEL_TYPES = tuple(_NAMES)

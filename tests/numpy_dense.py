@@ -39,6 +39,7 @@ class Model:
     # Norms around a half: "before", "after", "both", or "parallel" halves with one norm.
     order: str = "before"
     is_interleaved: bool = False
+    rotates_first: bool = False  # before the norms of heads, not after them
     alibi: bool = False
     scale: float | None = None
     score_cap: float | None = None
@@ -98,10 +99,12 @@ def _attention(model: Model, layer: int, hidden: Array) -> Array:
         parts[0] = _norm(model, parts[0], at + "q_norm")
         parts[1] = _norm(model, parts[1], at + "k_norm")
     q, k, v = (part.reshape(n, -1, model.size).swapaxes(0, 1) for part in parts)  # (h, n, d)
+    rope = model.ropes[layer]
+    if rope is not None and model.rotates_first:
+        q, k = (_rotate(part, rope, model.is_interleaved) for part in (q, k))
     if q_norm is not None and k_norm is not None and q_norm.shape[-1] == model.size:
         q, k = _head_norm(model, q, q_norm), _head_norm(model, k, k_norm)
-    rope = model.ropes[layer]
-    if rope is not None:
+    if rope is not None and not model.rotates_first:
         q, k = (_rotate(part, rope, model.is_interleaved) for part in (q, k))
     k, v = (np.repeat(part, model.heads // model.kv_heads, axis=0) for part in (k, v))
     steps = np.arange(n) // model.query_period

@@ -104,6 +104,12 @@ def _glm4_moe(model: Model, config: Config) -> None:
     model.experts = lambda at, x: numpy_deepseek.experts(config, model.weights, at, x)
 
 
+def _hunyuan(model: Model, config: Config) -> None:
+    scaling, size = config["rope_scaling"], config["head_dim"]
+    base = config["rope_theta"] * scaling["alpha"] ** (size / (size - 2))
+    model.ropes, model.rotates_first = [{"rope_theta": base}] * model.layers, True
+
+
 _DIFFERENCES: dict[str, Callable[[Model, Config], None]] = {
     "smollm3": _smollm3,
     "granite": _granite,
@@ -119,6 +125,7 @@ _DIFFERENCES: dict[str, Callable[[Model, Config], None]] = {
     "ernie4_5": _glm,
     "arcee": _arcee,
     "glm4_moe": _glm4_moe,
+    "hunyuan_v1_dense": _hunyuan,
 }
 MODEL_TYPES = tuple(_DIFFERENCES)
 
@@ -173,6 +180,7 @@ def _granite_names(config: Config, weights: dict[str, Array]) -> dict[str, Array
 
 _NAMES: dict[str, Callable[[Config, dict[str, Array]], dict[str, Array]]] = {
     "glm": _split_gate_up,
+    "hunyuan_v1_dense": _rename(("query_layernorm", "q_norm"), ("key_layernorm", "k_norm")),
     "glm4": _glm4_names,
     "granitemoe": _granite_names,
     "granitemoeshared": _granite_names,

@@ -109,6 +109,7 @@ FEATURES = [
     ("exaone4", {"layer_types": ["sliding_attention"] * 3}),
     ("glm4", {"rope_parameters": {"rope_theta": 20000.0}}),
     ("olmo3", {"layer_types": ["sliding_attention"] * 4}),
+    ("hunyuan_v1_dense", {"rope_scaling": {"alpha": 1.0}}),
     ("qwen3_5_moe", {"num_experts_per_tok": 3}),
     ("qwen3_next", {"norm_topk_prob": False}),
     ("qwen3_next", {"partial_rotary_factor": 0.25}),

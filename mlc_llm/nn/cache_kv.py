@@ -34,6 +34,11 @@ class CachedKV:
     ropes: tuple[RopeConfig, ...]
     window: int
 
+    def rotate(self, qkv: nn.Tensor, shape: AttentionShape, rope: int = 0) -> nn.Tensor:
+        """Return [q; k; v] with q and k turned, for layers that do more before they attend."""
+        turned, kept = shape.num_heads + shape.num_kv_heads, shape.num_kv_heads
+        return gpu_ops.rotate(qkv, self.positions, turned, kept, shape.head_dim, self.ropes[rope])
+
     def attend(
         self,
         layer: int,
@@ -49,9 +54,7 @@ class CachedKV:
         _check(shape, self.window, sink_logits is not None)
         heads, kv_heads, head_dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
         if rope is not None:
-            qkv = gpu_ops.rotate(
-                qkv, self.positions, heads + kv_heads, kv_heads, head_dim, self.ropes[rope]
-            )
+            qkv = self.rotate(qkv, shape, rope)
         n = qkv.shape[0]
         joined = nn.op.reshape(qkv, (1, n, heads + 2 * kv_heads, head_dim))
         out = self.cache.attention_with_fused_qkv(layer, joined, heads, shape.scale)

@@ -176,6 +176,15 @@ def rotate(
     return _rowwise("rotate", kernel, [qkv, positions, frequencies], _width(qkv))
 
 
+def rotate_heads(
+    qkv: nn.Tensor, table: nn.Tensor, heads: tuple[int, int, int], is_interleaved: bool
+) -> nn.Tensor:
+    """Return rows rotated by a table (n, rotary_dim) float32 of `rope_table`."""
+    options = (heads, int(table.shape[1]), is_interleaved, qkv.dtype)
+    kernel = kernel_of(rope.rotate_by_table, known_rows(qkv), *options)
+    return _rowwise("rotate_heads", kernel, [qkv, table], _width(qkv))
+
+
 def pack_linear(weight: nn.Tensor) -> nn.Tensor:
     """Return the weight: it is used as it is stored."""
     return weight

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from tvm.relax.frontend import nn
 
 from mlc_llm.kernels.cpu.attention import AttentionShape
-from mlc_llm.nn import ops
+from mlc_llm.nn import ops, row_ops
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,12 @@ class PagedKV:
     ropes: list[RopeTable]
     state_slots: nn.Tensor | None = None  # (b)
     states: dict[str, nn.Tensor] = field(default_factory=dict)
+
+    def rotate(self, qkv: nn.Tensor, shape: AttentionShape, rope: int = 0) -> nn.Tensor:
+        """Return [q; k; v] with q and k turned, for layers that do more before they attend."""
+        heads = (shape.num_heads + shape.num_kv_heads, shape.num_kv_heads, shape.head_dim)
+        found = self.ropes[rope]
+        return row_ops.rotate_heads(qkv, found.table, heads, found.is_interleaved)
 
     def attend(
         self,

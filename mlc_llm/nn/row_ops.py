@@ -9,7 +9,7 @@ import numpy as np
 from tvm.relax.frontend import nn
 
 from mlc_llm.kernels.cpu import activation as activation_kernels
-from mlc_llm.kernels.cpu import elementwise, query_scale
+from mlc_llm.kernels.cpu import elementwise, query_scale, rope
 from mlc_llm.kernels.cpu import norm as norm_kernels
 from mlc_llm.kernels.cpu.norm import HeadNorm
 from mlc_llm.kernels.cpu.query_scale import QueryScale
@@ -53,6 +53,18 @@ def scale_queries(x: nn.Tensor, positions: nn.Tensor, q_width: int, scale: Query
     """Return rows [q; k; v] (n, width) float32 with queries scaled by positions (n) int32."""
     kernel = kernel_of(query_scale.scale_queries, scale, q_width, int(x.shape[1]))
     return emit("scale_queries", kernel, [x, positions], x.shape)
+
+
+@on_gpu(gpu_ops.rotate_heads)
+def rotate_heads(
+    qkv: nn.Tensor, table: nn.Tensor, heads: tuple[int, int, int], is_interleaved: bool
+) -> nn.Tensor:
+    """Return rows (n, width) float32 rotated by a table (n, rotary_dim) of `ops.rope_table`.
+
+    heads: how many are rotated, how many follow that are not, and their size.
+    """
+    kernel = kernel_of(rope.rotate, heads, int(table.shape[1]), is_interleaved)
+    return emit("rotate_heads", kernel, [qkv, table], qkv.shape)
 
 
 @on_gpu(gpu_ops.activate)

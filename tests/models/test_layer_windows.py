@@ -117,6 +117,14 @@ def test_what_is_refused(
         get_family(family).config_from_huggingface({**SIZES, **fields})
 
 
+def test_a_fixed_dynamic_scaling_stretches_the_base() -> None:
+    published = {"type": "dynamic", "alpha": 1000.0, "factor": 1.0, "beta_fast": 32}
+    fields = {**SIZES, "head_dim": 128, "rope_theta": 10000.0, "rope_scaling": published}
+    config = get_family("hunyuan_v1_dense").config_from_huggingface(fields)
+    assert config.position_embedding_base == pytest.approx(10000 * 1000 ** (128 / 126))
+    assert config.rope_scaling is None
+
+
 def test_granite_4_of_attention_alone_has_positions_if_it_says_so() -> None:
     fields = {
         "layer_types": ["attention"] * 8,

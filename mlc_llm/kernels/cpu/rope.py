@@ -39,6 +39,42 @@ def rope_table(rotary_dim: int, scale: float) -> Any:
     return rope_table_kernel
 
 
+def rotate(heads: tuple[int, int, int], rotary_dim: int, is_interleaved: bool = False) -> Any:
+    """Rotate: x (n, (turned + kept) * head_dim) float32, table (n, rotary_dim) -> as x.
+
+    heads: those that are turned, as `rope_and_write` does, those that are kept, and their size.
+    """
+    turned, kept, head_dim = heads
+    width = (turned + kept) * head_dim
+    rotate_head = _rotation(head_dim, rotary_dim, is_interleaved)
+
+    @T.macro
+    def one_token(x: T.handle, table: T.handle, out: T.handle, t: T.int32) -> None:
+        row = T.alloc_buffer((head_dim,), "float32")
+        for h in T.serial(turned):
+            rotate_head(x, table, row, t, h * head_dim)
+            for i in T.serial(head_dim):
+                out[t, h * head_dim + i] = row[i]
+        for i in T.serial(kept * head_dim):
+            out[t, turned * head_dim + i] = x[t, turned * head_dim + i]
+
+    @T.prim_func(private=True, s_tir=True)
+    def rotate_kernel(x_handle: T.handle, table_handle: T.handle, out_handle: T.handle) -> None:
+        T.func_attr({"tirx.noalias": True})
+        n = T.int32()
+        x = T.match_buffer(x_handle, (n, width), "float32")
+        table = T.match_buffer(table_handle, (n, rotary_dim), "float32")
+        out = T.match_buffer(out_handle, (n, width), "float32")
+        if n < 4:
+            for t in T.serial(n):
+                one_token(x, table, out, t)
+        else:
+            for t in T.parallel(n):
+                one_token(x, table, out, t)
+
+    return rotate_kernel
+
+
 def rope_and_write(shape: AttentionShape, rotary_dim: int, is_interleaved: bool = False) -> Any:
     """Rotate q and k, write k and v into their slots.
 

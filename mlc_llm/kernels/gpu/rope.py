@@ -63,6 +63,31 @@ def rotate(
     return computation([x, positions, frequencies, out])
 
 
+def rotate_by_table(
+    n: RowCount, shape: tuple[int, int, int], rotary_dim: int, is_interleaved: bool, dtype: str
+) -> Any:
+    """Rotate as `rotate` does, with cosines and sines (n, rotary_dim) float32 of `rope_table`."""
+    turned, kept, head_dim = shape
+    rows, width, half = num_rows(n), (turned + kept) * head_dim, rotary_dim // 2
+    x = tensor("x", (rows, width), dtype)
+    table = tensor("table", (rows, rotary_dim), "float32")
+
+    def item(i: Any, c: Any) -> Any:
+        d = c % head_dim
+        pair = d // 2 if is_interleaved else d % half
+        is_first = d % 2 == 0 if is_interleaved else d < half
+        other = 1 if is_interleaved else half
+        partner = tirx.if_then_else(
+            is_first, constant(-1) * wide(x[i, c + other]), wide(x[i, c - other])
+        )
+        value = wide(x[i, c]) * table[i, pair] + partner * table[i, half + pair]
+        is_turned = tirx.all(c < turned * head_dim, d < rotary_dim)
+        return tirx.if_then_else(is_turned, narrow(value, dtype), x[i, c])
+
+    out = compute((rows, width), item, name="out")
+    return computation([x, table, out])
+
+
 def rope_table(n: RowCount, rotary_dim: int, scale: float) -> Any:
     """Tabulate angles: positions (n) int32, inverse frequencies (rotary_dim / 2) float32
     -> (n, rotary_dim) float32, cosines then sines, each times `scale`.
