@@ -30,7 +30,8 @@ def _finish(file: GGUFFile, config: dict[str, Any]) -> None:
         )
     for field, name in _TABLES.items():
         if name in file.tensors:
-            config[field] = file.tensors[name].shape[0]
+            *rows, _ = file.tensors[name].shape
+            config[field] = rows[0] if rows else 1  # quantizing drops an extent of 1
 
 
 BERT = Architecture(
@@ -50,6 +51,7 @@ BERT = Architecture(
         "blk.{layer}.ffn_down": _LAYER + "output.dense",
         "blk.{layer}.layer_output_norm": _LAYER + "output.LayerNorm",
     },
+    {"token_types": "flat"},
     fields={
         "num_key_value_heads": None,
         "rms_norm_eps": None,

@@ -2,13 +2,15 @@
 
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 from gguf_bert import read_settings, write_bert_gguf
-from make_gguf import HIDDEN, VOCAB, write_gguf
+from make_gguf import HIDDEN, VOCAB, finish, write_gguf
 
 from mlc_llm.errors import UnsupportedModel
 from mlc_llm.prepare.gguf_sentences import read_gguf_settings
+from mlc_llm.prepare.gguf_tokenizer import write_tokenizer
 from mlc_llm.prepare.progress import NullProgress
 from mlc_llm.prepare.resolve import convert_weights, usual_quantization, write_chat_config_for
 from mlc_llm.prepare.sentence_transformers import SentenceSettings
@@ -69,12 +71,17 @@ def test_positions_and_token_types_are_those_of_the_tables(tmp_path):
     path = write_small(tmp_path / "m.gguf", "position_embd", "token_types")
     config = GGUFSource(path).config
     assert (config["max_position_embeddings"], config["type_vocab_size"]) == (5, 5)
+    source = GGUFSource(write_small(tmp_path / "one.gguf", token_types=np.zeros(HIDDEN, "f4")))
+    assert source.config["type_vocab_size"] == 1
+    assert source.shape("embeddings.token_type_embeddings.weight") == (1, HIDDEN)
 
 
-def write_small(path, *tables, **metadata):
+def write_small(path, *tables, token_types=None, **metadata):
     """Write a file that has some tables of 5 rows and no layers."""
     tensors = {"token_embd.weight": np.zeros((VOCAB, HIDDEN), np.float32)}
     tensors |= {f"{name}.weight": np.zeros((5, HIDDEN), np.float32) for name in tables}
+    if token_types is not None:
+        tensors["token_types.weight"] = token_types
     return write_gguf(
         path, tensors, arch="bert", metadata={"attention.layer_norm_epsilon": 1e-12, **metadata}
     )
@@ -82,3 +89,24 @@ def write_small(path, *tables, **metadata):
 
 def test_encoders_stay_exact_unless_they_are_quantized(tmp_path):
     assert usual_quantization(write_small(tmp_path / "m.gguf")) == "q0f16"
+
+
+def test_an_encoder_with_a_vocabulary_of_pieces(tmp_path):
+    """XLM-RoBERTa's: its positions are BERT's once those that no token has are dropped."""
+    path = tmp_path / "m.gguf"
+    pieces = [("<s>", 3), ("<pad>", 3), ("</s>", 3), ("<unk>", 2)]
+    pieces += [("\u2581a", 1), ("\u2581ab", 1), ("b", 1)]
+    writer = gguf.GGUFWriter(path, "bert")
+    writer.add_tokenizer_model("t5")
+    writer.add_token_list([text for text, _ in pieces])
+    writer.add_token_scores([0.0] * 4 + [-1.0, -1.5, -2.0])
+    writer.add_token_types([kind for _, kind in pieces])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(3)
+    writer.add_add_bos_token(True)
+    writer.add_add_eos_token(True)
+    finish(writer)
+    write_tokenizer(path, tmp_path / "out")
+    tokenizer = Tokenizer.load(tmp_path / "out")
+    assert tokenizer.encode("a ab", add_special_tokens=True) == [0, 4, 5, 2]
