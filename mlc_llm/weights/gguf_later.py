@@ -170,6 +170,16 @@ LATER = {
         "seed_oss", "SeedOssForCausalLM", {**_RENAMED_NORM, **GATED}, finish=_finish_seed
     ),
     "ernie4_5": Architecture("ernie4_5", "Ernie4_5ForCausalLM", LLAMA),
+    # The base of its rotary embedding is stored as stretched.
+    "hunyuan-dense": Architecture(
+        "hunyuan_v1_dense",
+        "HunYuanDenseV1ForCausalLM",
+        {
+            **LLAMA,
+            "blk.{layer}.attn_q_norm": BLOCK + "self_attn.query_layernorm",
+            "blk.{layer}.attn_k_norm": BLOCK + "self_attn.key_layernorm",
+        },
+    ),
     "arcee": Architecture(
         "arcee",
         "ArceeForCausalLM",

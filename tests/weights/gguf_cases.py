@@ -68,6 +68,9 @@ def metadata_of(config, architecture):
         values["attention.sliding_window"] = config.get("sliding_window")
     if partial is not None:
         values["rope.dimension_count"] = int(head_dim * partial)
+    if config["model_type"] == "hunyuan_v1_dense":
+        stretch = scaling["alpha"] ** (head_dim / (head_dim - 2))
+        values["rope.freq_base"] = config["rope_theta"] * stretch
     if first(scaling | rope, "rope_type", "type") == "linear":
         values["rope.scaling.type"] = "linear"
         values["rope.scaling.factor"] = first(scaling | rope, "factor")

@@ -40,6 +40,8 @@ _UNSAID = {
     "smollm3": ("no_rope_layers", "layer_types", "sliding_window_size", "sliding_window"),
     # Said of each layer; what it means is compared.
     "cohere2": ("layer_types", "sliding_window_pattern"),
+    # Stored as float32; frequencies are compared.
+    "hunyuan_v1_dense": ("position_embedding_base",),
     "gpt_oss": ("layer_types", "swiglu_alpha", "swiglu_limit"),
 }
 
