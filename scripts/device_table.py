@@ -52,6 +52,7 @@ _ARCHIVE = "prepare/test_package.py::test_one_archive_of_all_libraries"
 _WEB = "browser/test_web_llm.py::test_greedy_text_equals_the_cpu"
 _NODE = "browser/test_cpu_in_node.py::test_greedy_text_equals_the_cpu"
 _CUDA = "kernels/gpu/test_cuda_machine_code.py::test_kernels_of_models_fit"
+_CUDA_SOURCE = "kernels/gpu/test_cuda_attention.py::test_attention"
 _GPU = "models/test_gpu_forward.py::test_logits_equal_the_reference"
 _ON_GPU = Cell("where there is one", (_GPU,))
 ROWS = (
@@ -108,7 +109,7 @@ ROWS = (
         "NVIDIA GPUs",
         Cell("yes", (_CODE, "compiler/test_gpu_libraries.py::test_cuda_architectures")),
         _NO,
-        Cell("registers and spills of its machine code", (_CUDA,)),
+        Cell("kernels, as CUDA source on a CPU; its machine code is read", (_CUDA_SOURCE, _CUDA)),
         _ON_GPU,
     ),
     Row(
