@@ -123,6 +123,29 @@ REPLIES: dict[str, list[Reply]] = {
         ),
         Reply(f"<tool_call>\n{_json_call(PARIS)}\n</tool_call>", "", (PARIS,)),
     ],
+    "glm_tags": [
+        PLAIN,
+        Reply(
+            "<tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>Paris</arg_value>\n"
+            "</tool_call>",
+            "",
+            (PARIS,),
+        ),
+        Reply(
+            "I look.\n<tool_call>add<arg_key>a</arg_key><arg_value>1</arg_value>"
+            "<arg_key>b</arg_key><arg_value>-2.5e3</arg_value></tool_call>\n"
+            "<tool_call>now\n</tool_call>",
+            "I look.",
+            (SUM, NOW),
+        ),
+        Reply(
+            '<tool_call>get_weather\n<arg_key>city</arg_key><arg_value>1 <b>\n"x" </arg_val'
+            '</arg_value><arg_key>units</arg_key><arg_value>{"x": "y"}</arg_value></tool_call>',
+            "",
+            (("get_weather", {"city": '1 <b>\n"x" </arg_val', "units": {"x": "y"}}),),
+        ),
+        Reply(f"<tool_call>\n{_json_call(PARIS)}\n</tool_call>", "", (PARIS,)),
+    ],
     "llama": [
         PLAIN,
         Reply(_json_call(PARIS, "parameters"), "", (PARIS,)),

@@ -200,6 +200,7 @@ def test_names_come_from_the_template_or_the_family() -> None:
         ("[TOOL_CALLS] [ARGS]", "mistral_args"),
         ("[AVAILABLE_TOOLS] [TOOL_CALLS]", "mistral"),
         ("<tool_call> <function=", "qwen_xml"),
+        ("<tool_call>NAME <arg_key>", "glm_tags"),
         ("<tool_call>", "hermes"),
         ("<|python_tag|>", "llama"),
         ("<|tool|>", "phi"),
@@ -208,6 +209,7 @@ def test_names_come_from_the_template_or_the_family() -> None:
     ):
         assert detect_format(template, "llama").name == expected
     assert detect_format(None, "qwen3").name == "hermes"
+    assert detect_format(None, "glm4_moe").name == "glm_tags"
     assert detect_format(None, "gpt2").name == "json"
     with pytest.raises(OptionError, match=r"'x'; use auto or one of gpt_oss, .*, json"):
         get_format("x")

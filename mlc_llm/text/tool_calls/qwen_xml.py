@@ -29,8 +29,7 @@ from mlc_llm.text.tool_calls.json_text import JsonText, NotJson
 from mlc_llm.text.tool_calls.reading import CallWriter, NotACall, Reading
 
 MARKERS = ("<tool_call>",)
-_MAX_KEY_LEN = 256
-_VALUE_END = "</parameter>"
+MAX_KEY_LEN = 256
 
 
 def read(marker: str, out: CallWriter) -> Reading:
@@ -59,33 +58,32 @@ def _read_tags(char: str, out: CallWriter) -> Reading:
         if char == "/":
             break
         yield from read_word("parameter=", char)
-        key = yield from read_until(">", _MAX_KEY_LEN)
+        key = yield from read_until(">", MAX_KEY_LEN)
         if key in keys:
             raise NotACall
         lead = ", " if keys else ""
         keys.add(key)
-        value = yield from _read_value()
-        out.arguments(
-            f"{lead}{json.dumps(key, ensure_ascii=False)}: {_to_json(value, schema, key)}"
-        )
+        value = yield from read_value("</parameter>")
+        out.arguments(f"{lead}{json.dumps(key, ensure_ascii=False)}: {to_json(value, schema, key)}")
     yield from read_word("/function>", char)
     out.arguments("}")
     out.end()
 
 
-def _read_value() -> Reading:
-    """Return the text up to the end of the parameter, without the line breaks at its ends."""
+def read_value(closing: str) -> Reading:
+    """Return the text up to the closing tag, without the line breaks at its ends."""
     pieces: list[str] = []
-    end = ""  # what has come of the end tag
-    while end != _VALUE_END:
+    end = ""  # what has come of the closing tag
+    while end != closing:
         char = yield
         pieces.append(char)
-        end = end + char if _VALUE_END.startswith(end + char) else char * (char == "<")
-    text = "".join(pieces[: -len(_VALUE_END)])
+        end = end + char if closing.startswith(end + char) else char * (char == "<")
+    text = "".join(pieces[: -len(closing)])
     return text.removeprefix("\n").removesuffix("\n")
 
 
-def _to_json(value: str, schema: Mapping[str, Any], key: str) -> str:
+def to_json(value: str, schema: Mapping[str, Any], key: str) -> str:
+    """Return a plain value as JSON, by the type that the schema gives the argument."""
     properties = schema.get("properties")
     declared = properties.get(key) if isinstance(properties, Mapping) else None
     kind = declared.get("type") if isinstance(declared, Mapping) else None

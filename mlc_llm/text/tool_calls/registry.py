@@ -14,6 +14,7 @@ from mlc_llm.text.events import AnswerParser
 from mlc_llm.text.tool_calls import (
     deepseek,
     gemma,
+    glm_tags,
     harmony,
     hermes,
     json_form,
@@ -33,6 +34,7 @@ _PATH = Path(__file__).with_name("formats.json")
 _READERS: Mapping[str, tuple[tuple[str, ...], Reader, bool]] = {
     "deepseek": (deepseek.MARKERS, deepseek.read, False),
     "gemma": (gemma.MARKERS, gemma.read, True),
+    "glm_tags": (glm_tags.MARKERS, glm_tags.read, False),
     "hermes": (hermes.MARKERS, hermes.read, False),
     "json_form": (json_form.MARKERS, json_form.read, True),
     "llama": (llama.MARKERS, llama.read, True),
