@@ -7,9 +7,8 @@ from typing import Any
 from tvm.relax.frontend import nn
 from tvm.target import Target
 
-from mlc_llm.errors import UnsupportedModel
 from mlc_llm.kernels.cpu.attention_pages import AttentionShape
-from mlc_llm.kernels.gpu import attention, attention_pages, rope
+from mlc_llm.kernels.gpu import attention, attention_pages, int8_pages, rope
 from mlc_llm.kernels.gpu.attention_scores import BlockLimits
 from mlc_llm.kernels.gpu.attention_single import scratch_width
 from mlc_llm.kernels.gpu.tensor_cores import tensor_cores
@@ -47,22 +46,15 @@ def rope_and_write(
     shape: AttentionShape,
     is_interleaved: bool = False,
 ) -> tuple[nn.Tensor, nn.Tensor]:
-    """Rotate q and k, write k and v into `pages` in place; return q and the same pages.
-
-    Raises UnsupportedModel for pages of int8.
-    """
-    if shape.is_int8:
-        raise UnsupportedModel(
-            "its keys and values are to be int8, which GPU kernels do not read yet; compile it "
-            "without kv_cache_dtype=int8"
-        )
+    """Rotate q and k, write k and v into `pages` in place; return q and the same pages."""
+    kernels = int8_pages if shape.is_int8 else attention_pages
     q = nn.Tensor.placeholder([qkv.shape[0], shape.num_heads, shape.head_dim], qkv.dtype)
     out = [nn.Tensor.placeholder(pages.shape, pages.dtype), q]
     if table is None:
-        kernel, args = kernel_of(attention_pages.write, shape, qkv.dtype), [qkv, slots, pages]
+        kernel, args = kernel_of(kernels.write, shape, qkv.dtype), [qkv, slots, pages]
     else:
         options = int(table.shape[1]), is_interleaved, qkv.dtype
-        kernel = kernel_of(attention_pages.rope_and_write, shape, *options)
+        kernel = kernel_of(kernels.rope_and_write, shape, *options)
         args = [qkv, table, slots, pages]
     written, rotated = nn.op.tensor_ir_inplace_op(
         kernel, "rope_and_write", args, [len(args) - 1, -1], out

@@ -1,4 +1,4 @@
-"""Quantizations beside those in groups on a GPU, against a CPU with the same weights."""
+"""Quantizations beside those in groups, and int8 keys and values, on a GPU: as on a CPU."""
 
 from __future__ import annotations
 
@@ -24,8 +24,6 @@ from mlc_llm.runtime.runner import ModelRunner
 
 pytestmark = pytest.mark.cpu
 
-# Devices without float16 run them, too.
-OVERRIDES = {"kv_cache_dtype": "float32"}
 # The scheme with blocks, whose other numbers are exact here.
 BLOCKS = dataclasses.replace(SCHEMES["fp8_e4m3fn_bf16_block_scale"], dtype="float32")
 
@@ -37,23 +35,33 @@ def logits_of(runner: ModelRunner, prompt: list[int], chunk: int) -> np.ndarray:
     return np.concatenate([run_step(runner, [(sequence, part)])[0] for part in parts])
 
 
-# bfloat16 has 8 bits of a number; hidden states have so many on GPUs and more on CPUs.
-@pytest.mark.parametrize(("name", "limit"), [("q4bf16_1", 3e-2), ("fp8_block_test", 1e-4)])
+@pytest.mark.parametrize(
+    ("name", "kv_dtype", "chunks", "limit"),
+    [
+        # It has 8 bits of a number; hidden states have so many on GPUs and more on CPUs.
+        ("q4bf16_1", "float32", (48,), 3e-2),
+        ("fp8_block_test", "float32", (48,), 1e-4),
+        ("q0f32", "int8", (48, 1), 1e-4),
+    ],
+)
 def test_logits_equal_a_cpu(
     tiny_models: TinyModels,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     name: str,
+    kv_dtype: str,
+    chunks: tuple[int, ...],
     limit: float,
 ) -> None:
     monkeypatch.setitem(SCHEMES, "fp8_block_test", BLOCKS)
+    overrides = {"kv_cache_dtype": kv_dtype}
     prompt = get_case("llama_gqa").load().token_ids.tolist()
-    expected = logits_of(tiny_models.runner("llama_gqa", name, **OVERRIDES), prompt, len(prompt))
+    expected = logits_of(tiny_models.runner("llama_gqa", name, **overrides), prompt, len(prompt))
     artifact, device = tiny_models.artifact("llama_gqa", name), find_gpu()
-    options = CompileOptions(device, overrides=OVERRIDES)
+    options = CompileOptions(device, overrides=overrides)
     compile_model(read_chat_config(artifact), options, lambda _: None).save_objects(tmp_path)
     loaded = load_library(tmp_path, device)
     parameters = load_parameters(artifact, loaded, lambda _: None)
     with closing(CompiledRunner(loaded, parameters, NUM_PAGES)) as runner:
-        for chunk in (len(prompt), 1):
+        for chunk in chunks:
             assert relative_error(logits_of(runner, prompt, chunk), expected) < limit

@@ -29,7 +29,7 @@ class BlockLimits:
 
     def lanes(self, dtype: str, head_dim: int) -> int:
         """Return how many items of a head a thread loads at once."""
-        size = 2 if dtype == "float16" else 4
+        size = 2 if dtype in ("float16", "int8") else 4  # eight codes are enough for a thread
         # No language but CUDA has vectors of eight.
         return math.gcd(max(4, self.load_bytes // size), head_dim)
 

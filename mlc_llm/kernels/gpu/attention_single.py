@@ -20,6 +20,7 @@ from mlc_llm.kernels.gpu.attention_scores import (
     weight,
     with_sink,
 )
+from mlc_llm.kernels.gpu.int8_pages import token_scale
 
 # Rows of queries that a block works on at most: more do not fit in registers.
 _MAX_ROWS = 8
@@ -151,6 +152,8 @@ def single_steps(
                     state = T.alloc_buffer((rows * 2,), "float32", scope="local")
                     k_items = T.alloc_buffer((steps * lanes,), kv_dtype, scope="local")
                     v_items = T.alloc_buffer((steps * lanes,), kv_dtype, scope="local")
+                    # Of keys and values that are codes.
+                    scales = T.alloc_buffer((2 * steps,), "float32", scope="local")
                     dot = T.alloc_buffer((2,), "float32", scope="local")
                     # What is read from memory is not written out again at each use, as sums are.
                     kept = T.alloc_buffer((3,), "int32", scope="local")
@@ -194,6 +197,11 @@ def single_steps(
                                     v_items[u * lanes + v] = pages[
                                         page, 1, kv_head, vector * lanes + v
                                     ]
+                                if shape.is_int8:
+                                    for side in T.unroll(2):
+                                        scales[side * steps + u] = token_scale(
+                                            shape, pages, page, side, kv_head, key % page_size
+                                        )
                             find(page_table, page_of, s, start + keys, end, y, position)
                             for r in T.unroll(rows):
                                 for u in T.unroll(steps):
@@ -202,6 +210,8 @@ def single_steps(
                                         dot[0] = dot[0] + query[r * lanes + v] * T.Cast(
                                             "float32", k_items[u * lanes + v]
                                         )
+                                    if shape.is_int8:
+                                        dot[0] = dot[0] * scales[u]
                                     work[(r * keys + u * deep + y) * (across + 1) + x] = dot[0]
                             T.tvm_storage_sync("shared")
                             for i in T.unroll((rows * keys + threads - 1) // threads):
@@ -235,6 +245,8 @@ def single_steps(
                                 for u in T.unroll(steps):
                                     dot[1] = weight(scores[r * keys + u * deep + y], dot[0])
                                     state[r * 2 + 1] = state[r * 2 + 1] + dot[1]
+                                    if shape.is_int8:
+                                        dot[1] = dot[1] * scales[steps + u]
                                     for v in T.unroll(lanes):
                                         acc[r * lanes + v] = acc[r * lanes + v] + dot[1] * T.Cast(
                                             "float32", v_items[u * lanes + v]

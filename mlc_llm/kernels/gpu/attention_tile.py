@@ -23,6 +23,7 @@ from mlc_llm.kernels.gpu.attention_scores import (
     weight,
     with_sink,
 )
+from mlc_llm.kernels.gpu.int8_pages import token_scale
 
 # Rows and keys of a block, the best first: those that fit in shared memory are taken.
 _SIZES = ((64, 32), (32, 32), (32, 16), (32, 8), (16, 16), (16, 8), (8, 8), (4, 8))
@@ -73,6 +74,11 @@ class TileGrid:
         return held + 4 * self.rows * (self.score_stride + _ACROSS)
 
 
+def held_dtype(shape: AttentionShape, dtype: str) -> str:
+    """Return what keys and values are in shared memory; dtype: of queries."""
+    return dtype if shape.is_int8 else shape.kv_dtype
+
+
 def tile_grid(shape: AttentionShape, dtype: str, limits: BlockLimits) -> TileGrid:
     """Return the layout for a shape: the largest that fits. Raises UnsupportedModel."""
     head_dim = shape.head_dim
@@ -86,7 +92,7 @@ def tile_grid(shape: AttentionShape, dtype: str, limits: BlockLimits) -> TileGri
         heads = -(-shape.group // head_blocks)
         kv_stride = max(head_dim, vectors * lanes * _ACROSS) + lanes
         grid = TileGrid(rows, keys, heads, head_blocks, lanes, vectors, head_dim + lanes, kv_stride)
-        if grid.shared_bytes(dtype, shape.kv_dtype) <= limits.shared_bytes:
+        if grid.shared_bytes(dtype, held_dtype(shape, dtype)) <= limits.shared_bytes:
             fitting.append(grid)
     if not fitting:
         raise UnsupportedModel(
@@ -107,7 +113,7 @@ def tile_steps(
     """
     grid = tile_grid(shape, dtype, limits)
     group, kv_heads, head_dim = shape.group, shape.num_kv_heads, shape.head_dim
-    page_size, kv_dtype = shape.page_size, shape.kv_dtype
+    page_size, held = shape.page_size, held_dtype(shape, dtype)
     rows, keys, heads, head_blocks = grid.rows, grid.keys, grid.heads, grid.head_blocks
     tokens, lanes, vectors, threads = grid.tokens, grid.lanes, grid.vectors, grid.threads
     q_stride, kv_stride, score_stride = grid.q_stride, grid.kv_stride, grid.score_stride
@@ -132,20 +138,30 @@ def tile_steps(
         last: T.int32,
         thread: T.int32,
     ) -> None:
-        """Copy the items of a block of keys; those past the last repeat it."""
+        """Copy the items of a block of keys, or what codes stand for; those past the last repeat
+        it.
+        """
         for i in T.serial((keys * head_vectors + threads - 1) // threads):
             at: T.let = i * threads + thread
             key: T.let = T.min(start + at // head_vectors, last)
             if at < keys * head_vectors:
-                for v in T.vectorized(lanes):
-                    block_items[at // head_vectors * kv_stride + at % head_vectors * lanes + v] = (
-                        pages[
-                            page_table[s, key // page_size],
-                            side,
-                            kv_head,
-                            key % page_size * head_dim + at % head_vectors * lanes + v,
-                        ]
-                    )
+                place: T.let = at // head_vectors * kv_stride + at % head_vectors * lanes
+                item: T.let = key % page_size * head_dim + at % head_vectors * lanes
+                page: T.let = page_table[s, key // page_size]
+                if shape.is_int8:
+                    codes = T.alloc_buffer((lanes,), "int8", scope="local")
+                    numbers = T.alloc_buffer((lanes,), held, scope="local")
+                    scale = T.alloc_buffer((1,), "float32", scope="local")
+                    scale[0] = token_scale(shape, pages, page, side, kv_head, key % page_size)
+                    for v in T.vectorized(lanes):
+                        codes[v] = pages[page, side, kv_head, item + v]
+                    for v in T.unroll(lanes):
+                        numbers[v] = T.Cast(held, T.Cast("float32", codes[v]) * scale[0])
+                    for v in T.vectorized(lanes):
+                        block_items[place + v] = numbers[v]
+                else:
+                    for v in T.vectorized(lanes):
+                        block_items[place + v] = pages[page, side, kv_head, item + v]
 
     @T.macro
     def attend(
@@ -163,12 +179,12 @@ def tile_steps(
             for by in T.thread_binding(kv_heads * head_blocks, thread="blockIdx.y"):
                 for thread in T.thread_binding(threads, thread="threadIdx.x"):
                     queries = T.alloc_buffer((rows * q_stride,), dtype, scope="shared")
-                    block_items = T.alloc_buffer((keys * kv_stride,), kv_dtype, scope="shared")
+                    block_items = T.alloc_buffer((keys * kv_stride,), held, scope="shared")
                     powers = T.alloc_buffer((rows * score_stride,), "float32", scope="shared")
                     partial = T.alloc_buffer((rows * _ACROSS,), "float32", scope="shared")
                     q_items = T.alloc_buffer((row_step * lanes,), dtype, scope="local")
-                    kv_items = T.alloc_buffer((key_step * lanes,), kv_dtype, scope="local")
-                    v_items = T.alloc_buffer((lanes,), kv_dtype, scope="local")
+                    kv_items = T.alloc_buffer((key_step * lanes,), held, scope="local")
+                    v_items = T.alloc_buffer((lanes,), held, scope="local")
                     score = T.alloc_buffer((row_step * key_step,), "float32", scope="local")
                     acc = T.alloc_buffer((row_step * vectors * lanes,), "float32", scope="local")
                     state = T.alloc_buffer((row_step * 2,), "float32", scope="local")

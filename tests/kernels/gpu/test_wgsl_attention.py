@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 from attention_steps import PAGE, RAGGED, Step
-from tvm.relax.frontend import nn
 from wgsl import translate
 
 from mlc_llm.errors import UnsupportedModel
@@ -20,7 +19,6 @@ from mlc_llm.kernels.gpu.attention_pages import copy_pages, rope_and_write, writ
 from mlc_llm.kernels.gpu.attention_scores import BlockLimits
 from mlc_llm.kernels.gpu.attention_tile import tile_grid
 from mlc_llm.kernels.gpu.rope import rope_table
-from mlc_llm.nn import gpu_attention
 
 TOLERANCE = {"float32": 2e-5, "float16": 4e-3}
 # What WebGPU grants for certain.
@@ -106,12 +104,6 @@ def test_blocks_fit_in_shared_memory(head_dim, dtype) -> None:
 def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(UnsupportedModel, match="heads of 1024 items do not fit in the 16 KiB"):
         tile_grid(AttentionShape(8, 1, 1024, PAGE, "float32", 1.0, -1), "float32", LIMITS)
-    qkv, pages = nn.Tensor.placeholder((3, 192), "float32"), nn.Tensor.placeholder((3,), "int8")
-    slots = nn.Tensor.placeholder((3,), "int32")
-    with pytest.raises(UnsupportedModel, match="kv_cache_dtype=int8"):
-        gpu_attention.rope_and_write(
-            qkv, None, slots, pages, dataclasses.replace(GQA, kv_dtype="int8")
-        )
 
 
 def test_tokens_do_not_depend_on_what_is_beside_them(webgpu) -> None:
