@@ -176,11 +176,11 @@ def test_auto_is_a_gpu_that_can_run_the_model(
     monkeypatch.setattr(jit, "detect_device", lambda: Device("cuda", 0))
     assert get(device="auto") == get(device="cuda:0") != get(device="cpu")
     assert [options.device for options in compiler.calls] == ["cuda:0", "cpu"]
-    compiler.error, compiler.refused = UnsupportedModel("it has experts"), "cuda:0"
+    compiler.error, compiler.refused = UnsupportedModel("its heads are too wide"), "cuda:0"
     settings = {"overrides": {"max_batch_size": 3}}
     library = get(device="auto", **settings)
     assert [options.device for options in compiler.calls[2:]] == ["cuda:0", "cpu"]
-    assert progress.messages[-1] == "the CPU is used, not cuda:0: it has experts"
+    assert progress.messages[-1] == "the CPU is used, not cuda:0: its heads are too wide"
     assert get(device="cpu", **settings) == library
     with pytest.raises(UnsupportedModel):
         get(device="cuda:0", **settings)
