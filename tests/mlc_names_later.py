@@ -48,6 +48,7 @@ _NAMES: dict[str, tuple[tuple[str, str], ...]] = {
     "arcee": (),
     "hunyuan_v1_dense": (),
     "glm4_moe": (("gate.e_score", "e_score"),),
+    "dots1": (("gate.e_score", "e_score"),),
 }
 MODEL_TYPES = tuple(_NAMES)
 # Families that keep gate and up apart.

@@ -92,7 +92,7 @@ def _rotate(x: Array, rotation: NDArray[np.complex128]) -> Array:
 def experts(config: Mapping[str, Any], w: Mapping[str, Array], at: str, x: Array) -> Array:
     logits = x @ w[at + "gate.weight"].T
     groups, top_groups = config["n_group"], config["topk_group"]
-    is_v3 = config["model_type"] in ("deepseek_v3", "glm4_moe")
+    is_v3 = config["model_type"] in ("deepseek_v3", "glm4_moe", "dots1")
     if is_v3:
         scores = 1 / (1 + np.exp(-logits))
         wanted = scores + w[at + "gate.e_score_correction_bias"]

@@ -104,6 +104,11 @@ def _glm4_moe(model: Model, config: Config) -> None:
     model.experts = lambda at, x: numpy_deepseek.experts(config, model.weights, at, x)
 
 
+def _dots1(model: Model, config: Config) -> None:
+    _glm4_moe(model, config)
+    _window(model, config)
+
+
 def _hunyuan(model: Model, config: Config) -> None:
     scaling, size = config["rope_scaling"], config["head_dim"]
     base = config["rope_theta"] * scaling["alpha"] ** (size / (size - 2))
@@ -125,6 +130,7 @@ _DIFFERENCES: dict[str, Callable[[Model, Config], None]] = {
     "ernie4_5": _glm,
     "arcee": _arcee,
     "glm4_moe": _glm4_moe,
+    "dots1": _dots1,
     "hunyuan_v1_dense": _hunyuan,
 }
 MODEL_TYPES = tuple(_DIFFERENCES)

@@ -114,6 +114,7 @@ FEATURES = [
     ("qwen3_next", {"norm_topk_prob": False}),
     ("qwen3_next", {"partial_rotary_factor": 0.25}),
     ("glm4_moe", {"routed_scaling_factor": 1.0}),
+    ("dots1", {"sliding_window": 30}),
     ("glm4_moe", {"norm_topk_prob": False}),
     ("olmo3", {"layer_types": ["full_attention"] * 4}),
     ("gpt_oss", {"sliding_window": 10}),

@@ -74,12 +74,14 @@ def build(config: Glm4MoeConfig, dtype: str) -> CausalLM:
     return build_decoder(config, dtype, Glm4MoeAttention, deepseek_mlp)
 
 
-def _special(config: Glm4MoeConfig, parameter: str) -> ParamRule | None:
+def special_rule(config: Glm4MoeConfig, parameter: str) -> ParamRule | None:
+    """Return the rule of experts' weights and their bias, None for other parameters."""
     if parameter.endswith("mlp.e_score_correction_bias"):
         return ParamRule((parameter.replace("mlp.e_score", "mlp.gate.e_score"),))
     return stacked_experts(config, parameter)
 
 
+PARTS = {"self_attn.qkv_proj": FUSED["self_attn.qkv_proj"], **GATED}
 # Behind the last layer, the 46th or 92nd, lies one that predicts a token more.
 _UNUSED = ("model.layers.46.", "model.layers.92.")
 FAMILY = Family(
@@ -87,7 +89,7 @@ FAMILY = Family(
     ("Glm4MoeForCausalLM",),
     Glm4MoeConfig,
     build,
-    {"self_attn.qkv_proj": FUSED["self_attn.qkv_proj"], **GATED},
-    _special,
+    PARTS,
+    special_rule,
     unused=_UNUSED,
 )

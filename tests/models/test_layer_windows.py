@@ -107,6 +107,7 @@ def test_a_window_that_is_switched_off_leaves_positions_as_they_are() -> None:
             CorruptFile,
             "a token has 3 experts, the model 2",
         ),
+        ("dots1", {"attention_bias": True}, UnsupportedModel, "dots.llm1 with biases"),
         ("granitemoe", {}, CorruptFile, "without experts shared_intermediate_size"),
     ],
 )
