@@ -33,7 +33,7 @@ __all__ = ["ARCHITECTURES", "GGUFSource"]
 _TABLES = re.compile(r"^(rope_freqs|rope_factors_(long|short)|(blk\.\d+\.)?attn_rot_embd)\.weight$")
 # Where names have the number of an expert, or the letter of another part of a stacked tensor.
 _PART = re.compile(r"\{(\w+)\}")
-_NUMBER = re.compile(r"(?<=^blk\.)\d+(?=\.)")
+_NUMBER = re.compile(r"(?<=^blk\.)\d{1,9}(?=\.)")
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,12 @@ class GGUFSource:
         name, architecture = find_architecture(self._file)
         self.config: dict[str, Any] = build_config(self._file, name, architecture)
         self._stored: dict[str, _Stored] = {}
-        num_layers = MetadataReader(self._file, name).num_layers()
+        further = MetadataReader(self._file, name).further_layers()
         tensors = dict(self._file.tensors)
         if find_score_tokens(self._file) is not None:
             tensors.pop(ANSWERS_NAME, None)  # rows of the embeddings
         for tensor in tensors.values():
-            if not _TABLES.match(tensor.name) and _layer_of(tensor.name) < num_layers:
+            if not _TABLES.match(tensor.name) and _layer_of(tensor.name) not in further:
                 self._stored.update(_huggingface_names(tensor, architecture))
 
     def names(self) -> list[str]:
@@ -158,10 +158,10 @@ def _huggingface_names(tensor: GGUFTensor, architecture: Architecture) -> dict[s
     }
 
 
-def _layer_of(name: str) -> int:
-    """Return the number of a tensor's block, 0 for others."""
+def _layer_of(name: str) -> int | None:
+    """Return the number of a tensor's block, None for others."""
     number = _NUMBER.search(name)
-    return int(number[0]) if number else 0
+    return int(number[0]) if number else None
 
 
 def _pattern(name: str, number: re.Match[str] | None) -> str:

@@ -54,10 +54,14 @@ class MetadataReader:
 
     def num_layers(self) -> int:
         """Return the number of layers, without those behind them that predict further tokens."""
+        return self.further_layers().start
+
+    def further_layers(self) -> range:
+        """Return the numbers of the layers that predict further tokens."""
         count, others = self.count("block_count"), self.count("nextn_predict_layers", 0)
         if others >= count:
             raise CorruptFile(f"{self.path}: {others} of {count} layers predict further tokens")
-        return count - others
+        return range(count - others, count)
 
     def _same_in_all_layers(self, key: str, values: list[Any]) -> int:
         # Values may be lists themselves, or of kinds that cannot be compared.

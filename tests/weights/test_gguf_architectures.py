@@ -107,7 +107,8 @@ def test_the_page_lists_every_architecture():
 
 def test_unknown_names_stay(tmp_path):
     tensors = {"token_embd.weight": np.zeros((VOCAB, HIDDEN), np.float32)}
-    strange = ("blk.0.attn_sinks.weight", "blk.x.attn_q.weight", "blk.0.attn_q", "blk..weight")
+    strange = ["blk.0.attn_sinks.weight", "blk.x.attn_q.weight", "blk.0.attn_q", "blk..weight"]
+    strange.append(f"blk.{'9' * 5000}.attn_q.weight")
     tensors |= {name: np.zeros(32, np.float32) for name in strange}
     source = GGUFSource(write_gguf(tmp_path / "m.gguf", tensors))
     assert sorted(source.names()) == sorted(["model.embed_tokens.weight", *strange])

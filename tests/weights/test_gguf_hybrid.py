@@ -68,6 +68,9 @@ def test_layers_for_further_tokens_are_left_out(tmp_path):
     source = GGUFSource(path)
     assert source.config["num_hidden_layers"] == 1
     assert sorted(source.names()) == ["model.embed_tokens.weight", _OUT]
+    # Others that nobody spoke of are not.
+    path, _ = write(tmp_path / "o.gguf", metadata={"block_count": 1}, tensors=further)
+    assert "model.layers.1.mlp.up_proj.weight" in GGUFSource(path).names()
     path, _ = write(tmp_path / "n.gguf", metadata={"nextn_predict_layers": 1})
     with pytest.raises(CorruptFile, match="1 of 1 layers predict further tokens"):
         GGUFSource(path)
