@@ -1,7 +1,8 @@
 """What the architectures of GGUF files are in Hugging Face's words: a table of data.
 
 To add one, write an Architecture: its tensor names, which of them llama.cpp's converter changes,
-and the fields of `config.json`. Files are read by gguf_config.py and gguf.py.
+and the fields of `config.json`; gguf_later.py has the newer ones. Those with arithmetic of their
+own have modules of their own. Files are read by gguf_config.py and gguf.py.
 """
 
 from __future__ import annotations
