@@ -25,8 +25,8 @@ _OUTPUTS, _GROUPS = 4, 2
 _MAX_LANES = 128
 # Weights that are read at once: of formats whose words have 4, 8 or 16 codes, and 10.
 _LENGTHS = (32, 16, 8, 4, 2, 1, 40, 20, 10)
-# Weights that are multiplied at once: so many are kept as numbers.
-_DEPTH = 8
+# A thread's shortest loads are of so many weights, where their form allows it.
+_USUAL_LENGTH = 8
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,8 @@ class FewRowsGrid:
     @property
     def depth(self) -> int:
         """Return how many weights of an output are multiplied between two reads of rows."""
-        if self.pieces.length % 10 == 0:
-            return 10
-        # Of float32 a thread loads four items at once, and has registers for no more.
-        is_wide = self.pieces.product.x.dtype == "float32"
-        return math.gcd(self.pieces.length, _DEPTH // 2 if is_wide else _DEPTH)
+        length = self.pieces.length
+        return 5 if length % 5 == 0 else math.gcd(length, 4)
 
 
 def few_rows_grid(product: Product, rows: int, load_bytes: int) -> FewRowsGrid | None:
@@ -65,7 +62,7 @@ def few_rows_grid(product: Product, rows: int, load_bytes: int) -> FewRowsGrid |
 
     # The longest of which every thread has two, that there is something to read while it computes.
     long = [pieces for pieces in fitting if num_pieces(pieces) >= 2 * _MAX_LANES]
-    usual = [pieces for pieces in fitting if pieces.length >= _DEPTH]
+    usual = [pieces for pieces in fitting if pieces.length >= _USUAL_LENGTH]
     if long:
         pieces = max(long, key=lambda pieces: pieces.length)
     else:
