@@ -37,10 +37,10 @@ from mlc_llm.weights.shards import ShardWriter
 
 # One for each kind of layer, of names and of rules: sandwiched norms and soft caps; q, k and v
 # apart; fused checkpoints; norms after; parallel halves; no gate; factors; ALiBi; own modules;
-# experts that get a share; experts with biases.
+# experts that get a share, also beside a shared one; experts with biases.
 CASES = [
     *("gemma2", "gemma3_text", "phi3", "olmo2", "cohere_qk_norm", "nemotron", "minicpm"),
-    "minicpm_moe",
+    *("minicpm_moe", "granitemoeshared"),
     *("baichuan_alibi", "internlm2", "chatglm", "llama4_text", "qwen", "gpt_oss"),
 ]
 # Sums of the same float32 products in another order.
