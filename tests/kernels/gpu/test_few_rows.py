@@ -54,10 +54,10 @@ def launches(kernel: Any, n: int) -> list[Launch]:
     return translate(kernel, shapes)
 
 
-@pytest.mark.parametrize("quantization", ["q0f16", "q4f16_1", "q4f16_0", "q3f16_1", "q8f16_1"])
+@pytest.mark.parametrize("quantization", ["q0f16", "q4f16_1", "q4f16_0", "q3f16_1"])
 def test_few_rows_keep_a_gpu_busy(quantization: str) -> None:
     kernel = product(4096, quantization)
-    for n in (2, 8, 32):
+    for n in (8, 32):
         (launch,) = launches(kernel, n)
         blocks = launch.groups[0] * launch.groups[1]
         assert blocks >= 2 * MULTIPROCESSORS * (-(-n // 8))
