@@ -17,8 +17,8 @@ from mlc_llm.runtime.library import Library, free_pooled_memory
 from mlc_llm.runtime.memory import HostMemory, aligned_zeros, as_aligned, as_array, as_tensor
 from mlc_llm.runtime.runner import SampleRows, Step
 
-# Of results of earlier steps, which the virtual machine's pool keeps. New memory costs 0.1 to 0.8 ms a
-# MiB when it is first used, little beside steps with results so large that they come to this.
+# Of results of earlier steps, which the virtual machine's pool keeps. New memory costs 0.1 to
+# 0.8 ms a MiB when it is first used, little beside steps whose results come to so much.
 _MAX_KEPT_BYTES = 16 << 20
 
 
