@@ -25,6 +25,8 @@ from mlc_llm.errors import CompileError
 
 _PACKAGE = "nvidia-cuda-nvrtc"
 _WITH_HEADERS = "13.3"  # the first release that brings the headers that kernels include
+# Headers that TVM includes beside int8, and that NVRTC has built in instead.
+_BUILT_IN = (b"sm_61_intrinsics.h",)
 _LIBRARY = re.compile(r"(lib)?nvrtc(64_\d+_0)?\.(so\.\d+|dll)")
 _TOOLKIT = "/usr/local/cuda/bin/nvcc"
 _CALLBACK = "tvm_callback_cuda_compile"
@@ -156,6 +158,8 @@ def _by_nvrtc(library: Path, source: str, architecture: str) -> MachineCode:
             raise CompileError(f"NVRTC ({library}) cannot {what}: {reason}")
 
     program = ctypes.c_void_p()
+    names = (ctypes.c_char_p * len(_BUILT_IN))(*_BUILT_IN)
+    contents = (ctypes.c_char_p * len(_BUILT_IN))(*(b"" for _ in _BUILT_IN))
     with tempfile.TemporaryDirectory(prefix="mlc-llm-cuda-") as headers:
         check(
             nvrtc.nvrtcInstallBundledHeaders(headers.encode(), 0, None),
@@ -163,7 +167,8 @@ def _by_nvrtc(library: Path, source: str, architecture: str) -> MachineCode:
         )
         check(
             nvrtc.nvrtcCreateProgram(
-                ctypes.byref(program), source.encode(), b"kernels.cu", 0, None, None
+                *(ctypes.byref(program), source.encode(), b"kernels.cu"),
+                *(len(_BUILT_IN), contents, names),
             ),
             "read the source",
         )
