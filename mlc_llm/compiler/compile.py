@@ -152,7 +152,8 @@ def _compile_for_gpu(
     _dump(options.debug_dump, 0, "export", mod)
     with _stage_errors("lowering"), target:
         captured = FORWARD_SINGLE if described.get("cuda_graph") else None
-        for index, (name, passes) in enumerate(gpu_phases(bounds, captured), 1):
+        phases = gpu_phases(bounds, captured, is_web=target.kind.name == "webgpu")
+        for index, (name, passes) in enumerate(phases, 1):
             progress(name.replace("_", " "))
             mod = tvm.transform.Sequential(passes, name=name)(mod)
             _dump(options.debug_dump, index, name, mod)

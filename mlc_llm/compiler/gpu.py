@@ -47,16 +47,18 @@ _LOWER_TO_VM = [
 
 
 def gpu_phases(
-    bounds: Mapping[str, int], captured: str | None = None
+    bounds: Mapping[str, int], captured: str | None = None, *, is_web: bool = False
 ) -> list[tuple[str, list[Any]]]:
     """Return named phases of passes; `bounds` limits symbolic sizes for memory planning.
 
-    captured: the entry whose kernels become a CUDA graph.
+    captured: the entry whose kernels become a CUDA graph. is_web: the library is for a browser,
+    which makes all kernels when it loads one: there are none for few rows then, with which a
+    WebGPU that computes on the CPU lost its device (Chromium's SwiftShader, q4f32_1).
     """
     capture = [] if captured is None else [("capture", [capture_entry(captured)])]
     return [
         ("fuse", [bound_all_sizes(bounds), *_FUSE]),
-        ("schedule", [schedule_rules()]),
+        ("schedule", [schedule_rules(has_few_rows=not is_web)]),
         ("lower", _LOWER),
         ("plan_memory", [transform.StaticPlanBlockMemory()]),
         *capture,
@@ -64,11 +66,14 @@ def gpu_phases(
     ]
 
 
-def schedule_rules() -> Any:
-    """Return the pass that binds kernels to threads, each by the first rule that fits."""
+def schedule_rules(*, has_few_rows: bool = True) -> Any:
+    """Return the pass that binds kernels to threads, each by the first rule that fits.
+
+    has_few_rows: products with few rows have kernels of their own, chosen at run time.
+    """
     rules = dlight.gpu
     return dlight.ApplyDefaultSchedule(
-        ByRows(_Products()),
+        ByRows(_Products()) if has_few_rows else _Products(),
         _Careful(rules.GEMV()),
         _Careful(rules.Reduction()),
         rules.GeneralReduction(),
