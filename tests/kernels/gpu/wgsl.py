@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import textwrap
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +41,12 @@ class Device:
 
     def run(self, kernel: Any, **tensors: np.ndarray) -> dict[str, np.ndarray]:
         """Run a kernel on tensors by the names of its arguments; return what they hold then."""
-        launches = translate(kernel, {n: t.shape for n, t in tensors.items()})
+        return self.start(translate(kernel, shapes_of(tensors)), tensors)
+
+    def start(
+        self, launches: Sequence[Launch], tensors: Mapping[str, np.ndarray]
+    ) -> dict[str, np.ndarray]:
+        """Run shaders in order on tensors; return what they hold then."""
         usage = self._wgpu.BufferUsage
         buffers, sizes = {}, {}
         for name in {name for launch in launches for _, name in launch.bindings}:
@@ -51,7 +57,7 @@ class Device:
             )
             sizes[name] = len(data)
         for launch in launches:
-            self._start(launch, buffers, sizes)
+            self._launch(launch, buffers, sizes)
         found = {}
         for name, tensor in tensors.items():
             data = self._device.queue.read_buffer(buffers[name]) if name in buffers else b""
@@ -59,7 +65,7 @@ class Device:
             found[name] = flat.reshape(tensor.shape) if data else tensor
         return found
 
-    def _start(self, launch: Launch, buffers: dict[str, Any], sizes: dict[str, int]) -> None:
+    def _launch(self, launch: Launch, buffers: dict[str, Any], sizes: dict[str, int]) -> None:
         """Run one shader."""
         groups, rows = launch.groups
         entries = [(at, buffers[name], sizes[name]) for at, name in launch.bindings]
@@ -104,10 +110,18 @@ class Launch:
         return [(int(at), name) for at, name in _BINDING.findall(self.source)]
 
 
-def translate(kernel: Any, shapes: dict[str, tuple[int, ...]]) -> list[Launch]:
+def shapes_of(tensors: Mapping[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of tensors by their names."""
+    return {name: tensor.shape for name, tensor in tensors.items()}
+
+
+def translate(
+    kernel: Any, shapes: dict[str, tuple[int, ...]], *, has_few_rows: bool = True
+) -> list[Launch]:
     """Return the shaders that a kernel starts, in order.
 
-    shapes: of its tensors by name; they say what symbolic sizes are.
+    shapes: of its tensors by name; they say what symbolic sizes are. has_few_rows: see
+    `schedule_rules`; libraries for browsers have none.
     """
     symbols = {}
     for buffer in kernel.params:
@@ -119,7 +133,7 @@ def translate(kernel: Any, shapes: dict[str, tuple[int, ...]]) -> list[Launch]:
     target = tvm.target.Target(describe_any_target("webgpu", "O2")["target"])
     mod = tvm.IRModule({"kernel": kernel.with_attr("global_symbol", "kernel")})
     with target:
-        mod = schedule_rules()(mod)
+        mod = schedule_rules(has_few_rows=has_few_rows)(mod)
     mod = tvm.tirx.transform.BindTarget(target)(mod)
     pipeline, _, finish = tvm.tirx.get_default_tir_pipeline(target)
     host, devices = split_host_device_mods(pipeline(mod))
