@@ -26,7 +26,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 INSTALL_TIMEOUT_S = 300
-RUN_TIMEOUT_S = 400
+RUN_TIMEOUT_S = 900
 # What is asked is bounded, so that requests that want the whole context end.
 SERVER = (
     "serve",
@@ -40,11 +40,8 @@ SERVER = (
 
 # Judge and check -> why the server does not do it.
 MISSES = {
-    ("llm-comply", "Tool Calling"): "tools are refused by name; they are not supported yet",
     ("llm-comply", "Image Input"): "the model reads text only, images are refused by name",
     ("llm-comply", "Error Handling"): "it leaves out `model`, which is optional here as in MLC LLM",
-    ("compatcanary", "Forced tool call"): "tools are refused by name; they are not supported yet",
-    ("compatcanary", "Strict structured output"): "refused by name; not supported yet",
 }
 
 # The checks of a judge, and what was wrong where one failed.
@@ -116,7 +113,7 @@ JUDGES = {
     "schemathesis": Judge(
         ("schemathesis==4.32.5",),
         (
-            *("schemathesis", "run", "{base}/openapi.json", "--max-examples", "15", "--seed", "1"),
+            *("schemathesis", "run", "{base}/openapi.json", "--max-examples", "5", "--seed", "1"),
             # Some rules, such as "either prompt or messages", cannot be said in a schema.
             *("--exclude-checks", "positive_data_acceptance", "--request-timeout", "60"),
         ),
